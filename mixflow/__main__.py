@@ -1,0 +1,3 @@
+from mixflow.cli import main
+
+main()

@@ -1,0 +1,309 @@
+"""`python -m mixflow VERB ...`: arguments only; each verb is a stage of its own.
+
+Every verb takes its settings either from config.yaml by entry name, or, as the pipeline's rules do, as one JSON slice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mixflow import __version__
+from mixflow.runtime import paths
+from mixflow.runtime.errors import UserError
+
+EXIT_USER_ERROR = 2
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one verb. Exit codes: 0 done, 2 the user can mend it, 75 saved but unfinished (run it again), 1 a bug."""
+    options = _parser().parse_args(arguments)
+    from mixflow.runtime.progress import log, start_logging
+    from mixflow.runtime.stopping import EXIT_UNFINISHED, Unfinished
+
+    start_logging(getattr(options, "log", None), quiet=int(os.environ.get("RANK", "0")) > 0)
+    try:
+        options.run(options)
+    except UserError as error:
+        log.error("%s", error)
+        sys.exit(EXIT_USER_ERROR)
+    except Unfinished as error:
+        log.warning("%s: run the same command again to continue", error)
+        sys.exit(EXIT_UNFINISHED)
+    except Exception:
+        # The traceback belongs in the log file too; the interpreter prints it once more on the terminal.
+        log.exception("this is a bug in mixflow, or in what it builds on")
+        sys.exit(1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mixflow", description="MixFlow training (arXiv 2512.19311), stage by stage.", epilog=__doc__
+    )
+    parser.add_argument("--version", action="version", version=f"mixflow {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    verb = _verb(verbs, "cache-latents", _cache_latents, "encode a dataset once, into shards and an index")
+    _settings(verb, "LATENTS")
+    verb.add_argument("--out", type=Path, help="index.json to write; shards go beside it")
+
+    verb = _verb(verbs, "train", _train, "train a checkpoint, from scratch or from another one; resumes after any kill")
+    _settings(verb, "CHECKPOINT")
+    verb.add_argument("--latents", type=Path, help="index.json of the latent cache")
+    verb.add_argument("--init", type=Path, help="weights to start from")
+    verb.add_argument("--out", type=Path, help="model.safetensors to write (EMA weights)")
+    verb.add_argument("--micro-batch", type=int, metavar="N", help="rows per forward pass on one device")
+    verb.add_argument("--tensorboard", type=Path, metavar="FOLDER", help="write loss curves there")
+    _long_running(verb)
+
+    verb = _verb(verbs, "import-weights", _import_weights, "take a weights file of your own, or a peer's, as checkpoint")
+    _settings(verb, "CHECKPOINT")
+    verb.add_argument("--file", type=Path, help="the weights file")
+    verb.add_argument("--out", type=Path, help="model.safetensors to write")
+
+    verb = _verb(verbs, "sample", _sample, "draw images from a checkpoint; resumes after any kill")
+    _settings(verb, "CHECKPOINT", "SAMPLER")
+    verb.add_argument("--weights", type=Path, help="model.safetensors of the checkpoint")
+    verb.add_argument("--out", type=Path, help="samples.npz to write")
+    verb.add_argument("--batch", type=int, default=250, metavar="N", help="images per forward pass (default %(default)s)")
+    _long_running(verb)
+
+    verb = _verb(verbs, "train-extractor", _train_extractor, "train the feature network that compares images")
+    _settings(verb, "EXTRACTOR")
+    verb.add_argument("--latents", type=Path, help="index.json of the latent cache")
+    verb.add_argument("--out", type=Path, help="model.safetensors to write")
+
+    verb = _verb(verbs, "make-reference", _make_reference, "prepare what samples are compared with")
+    _settings(verb, "REFERENCE")
+    verb.add_argument("--latents", type=Path, help="index.json of the latent cache")
+    verb.add_argument("--extractor", type=Path, help="weights of the feature network")
+    verb.add_argument("--out", type=Path, help="reference.safetensors to write")
+
+    verb = _verb(verbs, "evaluate", _evaluate, "every metric of a sample file")
+    _settings(verb, "CHECKPOINT", "SAMPLER")
+    verb.add_argument("--samples", type=Path, help="samples.npz")
+    verb.add_argument("--reference", type=Path, help="reference.safetensors")
+    verb.add_argument("--extractor", type=Path, help="weights of the feature network")
+    verb.add_argument("--out", type=Path, help="metrics.json to write")
+
+    tables = verbs.add_parser("tables", help="rows, figures and pages of a table", description="Parts of a table.")
+    parts = tables.add_subparsers(metavar="PART", required=True)
+    verb = _verb(parts, "row", _table_row, "collect the cells of one row from their metrics")
+    _settings(verb, "TABLE", "ROW")
+    verb.add_argument("--out", type=Path, help="row JSON to write")
+    verb = _verb(parts, "figure", _table_figure, "draw one figure of a table")
+    _settings(verb, "TABLE", "FIGURE")
+    verb.add_argument("--files", type=Path, nargs="+", help="what it is drawn from, one file per arm")
+    verb.add_argument("--out", type=Path, help="PNG to write")
+    verb = _verb(parts, "render", _table_render, "write a table as Markdown and as one HTML page")
+    _settings(verb, "TABLE")
+    verb.add_argument("--rows", type=Path, nargs="*", help="row JSON files")
+    verb.add_argument("--figures", type=Path, nargs="*", help="PNG files, named after their figures")
+    verb.add_argument("--markdown", type=Path, help=".md to write")
+    verb.add_argument("--page", type=Path, help=".html to write")
+
+    verb = _verb(verbs, "inspect", _inspect, "say what a weights file, latent cache, sample file or result is")
+    verb.add_argument("file", type=Path, nargs="+", metavar="FILE")
+    verb.add_argument("--json", action="store_true", help="print JSON")
+
+    verb = _verb(verbs, "doctor", _doctor, "say what this machine can run")
+    verb.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _settings(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Add the entry names, and the two ways to say what they mean."""
+    for name in names:
+        parser.add_argument(name.lower(), metavar=name, help="entry of config.yaml")
+    parser.add_argument("--config", nargs="+", default=["config.yaml"], metavar="FILE", help="later files overlay")
+    parser.add_argument("--settings", metavar="JSON", help="the resolved slice itself, instead of --config")
+    parser.add_argument("--log", metavar="FILE", help="append log lines to this file too")
+
+
+def _long_running(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--scratch", type=Path, default=Path("scratch"), metavar="FOLDER", help="resume state")
+    parser.add_argument("--time-budget", type=float, metavar="MINUTES", help="save and exit with 75 before this is over")
+    parser.add_argument("--gpus", type=int, metavar="N", help="stop at once where fewer GPUs are visible")
+
+
+def _slice(options: argparse.Namespace, stage: str, *names: str) -> dict[str, Any]:
+    """Return the settings of a stage: the JSON given, else the slice of the config files."""
+    if options.settings is not None:
+        try:
+            return json.loads(options.settings)
+        except json.JSONDecodeError as error:
+            raise UserError(f"--settings is not valid JSON ({error}): pass a slice of the config, or --config") from None
+    return _config(options).slice(stage, *names)
+
+
+def _config(options: argparse.Namespace) -> Any:
+    from mixflow.config import load_config
+
+    return load_config(*options.config)
+
+
+def _existing(path: Path, what: str) -> Path:
+    if not path.exists():
+        raise UserError(f"{what} '{path}' does not exist: make it first, or name it with its option")
+    return path
+
+
+def _cache_latents(options: argparse.Namespace) -> None:
+    from mixflow.stages.cache_latents import cache_latents
+
+    settings = _slice(options, "cache_latents", options.latents)
+    cache_latents(settings, options.out or Path(paths.latents(options.latents)))
+
+
+def _train(options: argparse.Namespace) -> None:
+    from mixflow.stages import train
+
+    name = options.checkpoint
+    settings = _slice(options, "train", name)
+    parent = settings["train"]["init"]
+    init = None
+    if parent != "scratch":
+        init = _existing(options.init or Path(paths.weights(parent)), f"the parent of '{name}'")
+    train.run(
+        settings,
+        latents=_existing(options.latents or Path(paths.latents(settings["train"]["latents"])), "the latent cache"),
+        init=init,
+        out=options.out or Path(paths.weights(name)),
+        scratch=options.scratch,
+        tensorboard=options.tensorboard,
+        micro_batch=options.micro_batch,
+        time_budget_minutes=options.time_budget,
+        expected_gpus=options.gpus,
+    )
+
+
+def _import_weights(options: argparse.Namespace) -> None:
+    from mixflow.stages.import_weights import import_weights
+
+    settings = _slice(options, "import_weights", options.checkpoint)
+    file = options.file or Path(settings["weights"]["file"])
+    import_weights(settings, file=file, out=options.out or Path(paths.weights(options.checkpoint)))
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from mixflow.stages import sample
+
+    checkpoint, sampler = options.checkpoint, options.sampler
+    sample.run(
+        _slice(options, "sample", checkpoint, sampler),
+        weights=_existing(options.weights or Path(paths.weights(checkpoint)), "the weights file"),
+        out=options.out or Path(paths.samples(checkpoint, sampler)),
+        scratch=options.scratch,
+        batch=options.batch,
+        time_budget_minutes=options.time_budget,
+        expected_gpus=options.gpus,
+    )
+
+
+def _train_extractor(options: argparse.Namespace) -> None:
+    from mixflow.stages.evaluate import train_extractor
+
+    settings = _slice(options, "train_extractor", options.extractor)
+    latents = options.latents or Path(paths.latents(settings["extractor"]["latents"]))
+    train_extractor(
+        settings,
+        latents=_existing(latents, "the latent cache"),
+        out=options.out or Path(paths.extractor(options.extractor)),
+    )
+
+
+def _make_reference(options: argparse.Namespace) -> None:
+    from mixflow.stages.evaluate import make_reference
+
+    name = options.reference
+    settings = _slice(options, "make_reference", name)
+    latents = options.latents or Path(paths.latents(settings["reference"]["latents"]))
+    extractor = options.extractor or Path(paths.extractor(settings["reference"]["extractor"]))
+    make_reference(
+        settings,
+        latents=_existing(latents, "the latent cache"),
+        extractor=_existing(extractor, "the feature network"),
+        out=options.out or Path(paths.reference(name)),
+    )
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from mixflow.stages.evaluate import evaluate
+
+    checkpoint, sampler = options.checkpoint, options.sampler
+    settings = _slice(options, "evaluate", checkpoint, sampler)
+    samples = options.samples or Path(paths.samples(checkpoint, sampler))
+    reference = options.reference or Path(paths.reference(settings["reference_name"]))
+    extractor = options.extractor or Path(paths.extractor(settings["extractor_name"]))
+    evaluate(
+        settings,
+        samples=_existing(samples, "the sample file"),
+        reference=_existing(reference, "the reference"),
+        extractor=_existing(extractor, "the feature network"),
+        out=options.out or Path(paths.metrics(checkpoint, sampler)),
+    )
+
+
+def _table_row(options: argparse.Namespace) -> None:
+    from mixflow.stages.render_tables import make_row
+
+    table, row = options.table, options.row
+    make_row(_slice(options, "row", table, row), out=options.out or Path(paths.row(table, row)))
+
+
+def _table_figure(options: argparse.Namespace) -> None:
+    from mixflow.stages.draw_figures import draw
+    from mixflow.tables import figure_files
+
+    settings = _slice(options, "figure", options.table, options.figure)
+    files = options.files or [Path(file) for file in figure_files(settings)]
+    files = [_existing(file, f"a part of figure '{options.figure}',") for file in files]
+    draw(settings, files, options.out or Path(paths.figure(options.table, options.figure)))
+
+
+def _table_render(options: argparse.Namespace) -> None:
+    from mixflow.stages.render_tables import render
+
+    name = options.table
+    settings = _slice(options, "render", name)
+    rows, figures = options.rows, options.figures
+    if rows is None:
+        rows = [_existing(Path(paths.row(name, row)), "row") for row in settings["rows"]]
+    if figures is None:
+        figures = [Path(paths.figure(name, figure)) for figure in settings["figures"]]
+    render(
+        settings,
+        rows=rows,
+        figures={figure.stem: figure for figure in figures if figure.exists()},
+        markdown=options.markdown or Path(paths.table(name, "md")),
+        page=options.page or Path(paths.table(name, "html")),
+    )
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from mixflow.stages.inspect import describe, render
+
+    for file in options.file:
+        facts = describe(file)
+        print(json.dumps(facts, indent=2) if options.json else render(facts))
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from mixflow.stages.doctor import examine, render
+
+    findings = examine()
+    print(json.dumps(findings, indent=2) if options.json else render(findings))
+    if findings["problems"]:
+        sys.exit(1)
+

@@ -1,0 +1,66 @@
+"""Fréchet distance between two Gaussians: FID, sFID and FD differ only in the features they are given."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mixflow.evaluation.arrays import Array, as_tensor
+from mixflow.runtime.errors import UserError
+
+
+def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array, *, factor: Array | None = None) -> float:
+    """Return |mu1 - mu2|² + tr(sigma1) + tr(sigma2) - 2 tr((sigma1 sigma2)^½), in squared feature units.
+
+    With sigma1 = F Fᵀ the product sigma1 sigma2 has the eigenvalues of the symmetric Fᵀ sigma2 F, so that the trace of
+    the root is the sum of their square roots (negative ones, which are rounding, count as zero). This is several times
+    faster than the matrix square root (benchmarks/frechet.py) and needs no epsilon. The result itself is not clipped:
+    equal arguments may give -1e-13. Where a covariance is singular (dead features, or no more images than features),
+    the eigenvalues that ought to be zero add up to about 1e-8 d times the scale of the covariances.
+
+    Args:
+        mu1, mu2: means [d]; the first is by custom the reference.
+        sigma1, sigma2: covariances [d, d]. Any float type; the work is done in float64 on the device of `sigma1`.
+        factor: `covariance_factor(sigma1)` [d, d] from an earlier call, where the reference is used again and again.
+
+    Raises `UserError` for shapes that do not belong together, NaN or infinity.
+    """
+    device = sigma1.device if isinstance(sigma1, Tensor) else torch.device("cpu")
+    mu1, sigma1, mu2, sigma2 = (as_tensor(x).to(device, torch.float64) for x in (mu1, sigma1, mu2, sigma2))
+    d = mu1.numel()
+    for name, value, shape in (
+        ("mu1", mu1, [d]),
+        ("sigma1", sigma1, [d, d]),
+        ("mu2", mu2, [d]),
+        ("sigma2", sigma2, [d, d]),
+    ):
+        if list(value.shape) != shape:
+            raise UserError(
+                f"{name} has shape {list(value.shape)} where {shape} is expected: reference and samples must come "
+                "from the same extractor"
+            )
+        if not torch.isfinite(value).all():
+            raise UserError(f"{name} holds NaN or infinity: measure the features of the images again")
+    if factor is None:
+        factor = covariance_factor(sigma1)
+    factor = as_tensor(factor).to(sigma1)
+    assert factor.shape == sigma1.shape, "the cached factor belongs to another covariance"
+    product = factor.T @ symmetric(sigma2) @ factor
+    trace_of_root = torch.linalg.eigvalsh(symmetric(product)).clamp(min=0).sqrt().sum()
+    difference = mu1 - mu2
+    return float(difference @ difference + sigma1.trace() + sigma2.trace() - 2 * trace_of_root)
+
+
+def covariance_factor(sigma: Array) -> Tensor:
+    """Return F [d, d], float64, with F Fᵀ = `sigma` [d, d]: its Cholesky factor, or by `eigh` where it is singular."""
+    sigma = symmetric(as_tensor(sigma).double())
+    cholesky, info = torch.linalg.cholesky_ex(sigma)
+    if not info:
+        return cholesky
+    eigenvalues, eigenvectors = torch.linalg.eigh(sigma)
+    return eigenvectors * eigenvalues.clamp(min=0).sqrt()
+
+
+def symmetric(matrix: Tensor) -> Tensor:
+    """Return the symmetric part of `matrix` [d, d]."""
+    return (matrix + matrix.T) / 2

@@ -1,0 +1,29 @@
+"""Processes and devices of a stage, through accelerate."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+
+from mixflow.runtime.errors import UserError
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+def start_accelerator(precision: str, expected_gpus: int | None = None) -> Accelerator:
+    """Return an accelerator for this process, with float32 matrix products as `precision` asks.
+
+    fp32 is strict (no TF32 in products or convolutions); tf32 allows TF32 on CUDA; bf16 runs the network under
+    autocast with float32 master weights. `expected_gpus` stops at once on a machine that shows fewer.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"precision '{precision}' is not known: use one of {', '.join(PRECISIONS)}")
+    visible = torch.cuda.device_count()
+    if expected_gpus and visible < expected_gpus:
+        raise UserError(
+            f"{expected_gpus} GPU(s) were asked for but {visible} are visible: check the allocation, the driver and, "
+            "in a container, --nv or --gpus"
+        )
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", step_scheduler_with_optimizer=False)

@@ -1,0 +1,120 @@
+"""Say what a file is: weights, latent cache, sample file, reference, metrics, run record or table row."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mixflow.data.latents import FORMAT, LatentCache
+from mixflow.models import describe_weights
+from mixflow.runtime.errors import UserError
+from mixflow.runtime.files import read_json
+from mixflow.runtime.weights_header import safetensors_header
+
+_TORCH_ENDINGS = (".pt", ".pth", ".ckpt", ".bin")
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Return {"file", "kind", ...facts}; a file that is none of ours, or is broken, is a `UserError`."""
+    if path.is_dir() and (path / "index.json").exists():
+        path = path / "index.json"
+    if not path.is_file():
+        raise UserError(f"'{path}' is not a file: name a weights file, an index.json, a samples.npz or a result")
+    return {"file": str(path), "bytes": path.stat().st_size, **_facts(path)}
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    if path.suffix == ".safetensors":
+        return _describe_safetensors(path)
+    if path.suffix in _TORCH_ENDINGS:
+        return {"kind": "weights", **describe_weights(path)}
+    if path.suffix == ".npz":
+        return _describe_samples(path)
+    if path.suffix == ".json":
+        return _describe_json(path)
+    raise UserError(f"'{path}' has an ending this command does not know: it reads .safetensors, .pt, .npz and .json")
+
+
+def _describe_safetensors(path: Path) -> dict[str, Any]:
+    header = safetensors_header(path)
+    metadata = header.pop("__metadata__", {})
+    names = set(header)
+    if names == {"stored", "labels", "indices"}:
+        return {"kind": "latent shard", "images": header["labels"]["shape"][0], "stored": header["stored"]["shape"]}
+    if "train.mu" in names:
+        splits = {name.split(".")[0]: header[name]["shape"][0] for name in sorted(names) if name.endswith(".images")}
+        return {"kind": "reference", "features": header["train.mu"]["shape"][0], "images": splits}
+    saved = json.loads(metadata.get("mixflow", "{}"))
+    if "classifier" in saved:
+        return {"kind": "feature network", **saved["classifier"]}
+    return {"kind": "weights", **describe_weights(path)}
+
+
+def _describe_samples(path: Path) -> dict[str, Any]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            shapes = {member.removesuffix(".npy"): _npy_header(archive, member) for member in archive.namelist()}
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+    except (zipfile.BadZipFile, ValueError) as error:
+        raise UserError(f"'{path}' is not a whole .npz archive ({error}): sample again, or fetch it again") from None
+    if "arr_0" not in shapes:
+        raise UserError(f"'{path}' has no member arr_0 (it has {', '.join(shapes)}): a sample file keeps its images there")
+    shape, dtype = shapes["arr_0"]
+    facts: dict[str, Any] = {"kind": "samples", "images": shape[0], "shape": shape[1:], "dtype": dtype}
+    return {**facts, "labels": "arr_1" in shapes, "memory_mappable": stored}
+
+
+def _npy_header(archive: zipfile.ZipFile, member: str) -> tuple[list[int], str]:
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+    return list(shape), str(dtype)
+
+
+def _describe_json(path: Path) -> dict[str, Any]:
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"'{path}' is JSON but none of this project's results")
+    if value.get("format") == FORMAT:
+        cache = LatentCache(path)
+        splits = {name: split["num_images"] for name, split in cache.index["splits"].items()}
+        shards = sum(len(split["shards"]) for split in cache.index["splits"].values())
+        return {
+            "kind": "latent cache",
+            "images": splits,
+            "latent_shape": list(cache.latent_shape),
+            "num_classes": cache.num_classes,
+            "shards": shards,
+            **{name: cache.index["settings"][name] for name in ("dataset", "autoencoder")},
+        }
+    if "stage" in value and "parents" in value:
+        kept = ("stage", "started", "measured", "outputs", "settings", "parents", "code", "machine")
+        return {"kind": "run record", **{name: value[name] for name in kept}}
+    if "metrics" in value and "protocol" in value:
+        return {"kind": "metrics", **value["metrics"], "images sampled": value["num_images"]}
+    if "columns" in value or "values" in value or "cells" in value:
+        return {"kind": "table row", **value}
+    if set(value) == {"step", "loss"}:
+        last = value["loss"][-1] if value["loss"] else None
+        return {"kind": "losses", "steps": value["step"][-1] if value["step"] else 0, "last_loss": last}
+    raise UserError(f"'{path}' is JSON but none of this project's results")
+
+
+def render(facts: dict[str, Any]) -> str:
+    """Return facts as indented `name: value` lines."""
+    return "\n".join(_lines(facts, 0))
+
+
+def _lines(facts: dict[str, Any], depth: int) -> list[str]:
+    lines = []
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            lines += [f"{'  ' * depth}{name}:", *_lines(value, depth + 1)]
+        else:
+            lines.append(f"{'  ' * depth}{name}: {value}")
+    return lines

@@ -1,0 +1,39 @@
+"""Shared by all tests."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def mixflow(tmp_path):
+    """Run `python -m mixflow ...` in a fresh folder, as a user would; returns the finished process."""
+
+    def run(*arguments, cwd=tmp_path, **options):
+        command = [sys.executable, "-m", "mixflow", *map(str, arguments)]
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, **options)
+
+    return run
+
+
+@pytest.fixture
+def snakemake():
+    """Run `snakemake ...` on this repository's Snakefile with results under `directory`."""
+
+    def run(directory, *arguments, env=None):
+        command = [
+            *(sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--cores", "2"),
+            *("--directory", str(directory), "--workflow-profile", str(ROOT / "profiles/default")),
+            *map(str, arguments),
+        ]
+        environment = {**os.environ, **(env or {}), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, env=environment)
+
+    return run

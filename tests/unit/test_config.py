@@ -1,0 +1,557 @@
+"""The config: what it refuses and how it says so, and which slices a change touches."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+import typing
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+import yaml
+
+from mixflow import config as module
+from mixflow.config import Config, check_latents, check_weights_file, load_config, resolve, slice_key, to_json
+from mixflow.runtime.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG, REHEARSAL = ROOT / "config.yaml", ROOT / "rehearsal.yaml"
+
+BASE = yaml.safe_load("""
+datasets:
+  digits: {kind: digits, resolution: 32, num_classes: 10, num_held_out: 360, seed: 0, reference: digits}
+autoencoders:
+  pixels: {kind: pixels}
+latents:
+  digits: {dataset: digits, autoencoder: pixels, shard_size: 512}
+checkpoints:
+  base:
+    train:
+      init: scratch
+      latents: digits
+      model: {family: sit, hidden_size: 64, depth: 3, num_heads: 4, patch_size: 8, learn_sigma: false,
+              label_dropout: 0.1}
+      interpolant: linear
+      law: uniform
+      gamma: 0.0
+      shift: 1.0
+      num_steps: 3000
+      batch_size: 128
+      learning_rate: 1.0e-3
+      betas: [0.9, 0.999]
+      weight_decay: 0.0
+      warmup_steps: 100
+      gradient_clip: 1.0
+      ema_decay: 0.999
+      horizontal_flip: false
+      precision: fp32
+      compile: false
+      seed: 0
+  mixflow:
+    extends: base
+    train: {init: base, law: mixflow, gamma: 0.8, num_steps: 1500, model: null}
+samplers:
+  euler50:
+    solver: euler
+    num_steps: 50
+    guidance: {scale: 1.0, channels: all, interval: [0.0, 1.0]}
+    labels: balanced
+    num_images: 2000
+    precision: fp32
+    seed: 100
+  euler50-cfg2:
+    extends: euler50
+    guidance: {scale: 2.0}
+extractors:
+  small: {kind: classifier, latents: digits, width: 32, num_features: 64, num_steps: 600, batch_size: 128,
+          learning_rate: 2.0e-3, seed: 0}
+references:
+  digits: {latents: digits, extractor: small}
+tables:
+  demo:
+    title: Demo
+    paper: false
+    columns: [{sampler: euler50, metric: fd}, {sampler: euler50-cfg2, metric: accuracy}]
+    rows: [{checkpoint: base, label: base}, {checkpoint: mixflow, label: MixFlow, paper: [1.5, null]}]
+    figures: [samples]
+  quoted:
+    title: Quoted
+    paper: true
+    columns: [{label: 250 steps, metric: fid}]
+    rows: [{quoted: true, name: sit, label: SiT, paper: [9.35]}]
+""")
+
+
+def changed(changes: dict[str, Any]) -> dict[str, Any]:
+    """Return BASE with values set at dotted paths (slashes, for names hold dots); a value of ... removes the key."""
+    raw = copy.deepcopy(BASE)
+    for path, value in changes.items():
+        *parents, last = path.split("/")
+        node: Any = raw
+        for part in parents:
+            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+        if isinstance(node, list):
+            node[int(last)] = value
+        elif value is ...:
+            del node[last]
+        else:
+            node[last] = value
+    return raw
+
+
+TRAIN = "checkpoints/base/train"
+WEIGHTS = {"file": "own.pt", "latents": "digits", "model": BASE["checkpoints"]["base"]["train"]["model"]}
+SDE = {
+    "extends": "euler50",
+    "solver": "euler_maruyama",
+    "diffusion": {"form": "sigma", "norm": 1.0},
+    "last_step": "mean",
+    "last_step_size": 0.04,
+}
+
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({f"{TRAIN}/learning_rate": "1e-5"},
+     "checkpoints.base.train.learning_rate: '1e-5' is text, YAML needs a dot: write 1.0e-5"),
+    ({f"{TRAIN}/learning_rate": "1.0e5"},
+     "checkpoints.base.train.learning_rate: '1.0e5' is text, YAML needs a sign in the exponent: write 1.0e+5"),
+    ({f"{TRAIN}/learning_rate": "1e-4x"},
+     "checkpoints.base.train.learning_rate: '1e-4x' is text where a number is needed: write a number"),
+    ({f"{TRAIN}/learning_rate": True}, "checkpoints.base.train.learning_rate: True is not a number: write a number"),
+    ({f"{TRAIN}/learning_rate": 0.0}, "checkpoints.base.train.learning_rate: 0.0 is out of range: it must be above 0"),
+    ({f"{TRAIN}/num_steps": "1e4"},
+     "checkpoints.base.train.num_steps: '1e4' is text, YAML reads no exponents here: write 10000"),
+    ({f"{TRAIN}/num_steps": 2.5},
+     "checkpoints.base.train.num_steps: 2.5 is not a whole number: write a whole number"),
+    ({f"{TRAIN}/gamma": 1.5}, "checkpoints.base.train.gamma: 1.5 is out of range: it must be at most 1"),
+    ({f"{TRAIN}/gamma": 0.4},
+     "checkpoints.base.train.gamma: 0.4 has no effect under law 'uniform': write 0.0, or a law of mixflow, matched, "
+     "blind"),
+    ({"checkpoints/mixflow/train/gamma": 0},
+     "checkpoints.mixflow.train.gamma: law 'mixflow' needs a gamma above 0: write one, or take law 'beta' (m = t)"),
+    ({f"{TRAIN}/law": "mixfow"}, "checkpoints.base.train.law: 'mixfow' is not known; did you mean 'mixflow'?"),
+    ({f"{TRAIN}/precision": "fp31"}, "checkpoints.base.train.precision: 'fp31' is not known; did you mean 'fp32'?"),
+    ({f"{TRAIN}/compile": "maybe"},
+     "checkpoints.base.train.compile: 'maybe' is neither true nor false: write one of them"),
+    ({f"{TRAIN}/learning_rat": 0.1},
+     "checkpoints.base.train: 'learning_rat' is not a key here; did you mean 'learning_rate'?"),
+    ({f"{TRAIN}/learning_rate": ...},
+     "checkpoints.base.train.learning_rate: missing, and nothing has a default: add it"),
+    ({f"{TRAIN}/model": ...}, "checkpoints.base.train.model: missing, and nothing has a default: add it"),
+    ({f"{TRAIN}/model/num_heads": 5},
+     "checkpoints.base.train.model.hidden_size: 64 is not divisible by num_heads (5)"),
+    ({f"{TRAIN}/model/patch_size": 5},
+     "checkpoints.base: patch_size 5 does not divide the latents of 'digits', which are 32 wide: take one that does"),
+    ({f"{TRAIN}/model/size": "B/2"},
+     "checkpoints.base.train.model.depth: 3 contradicts size: B/2: write one of the two"),
+    ({f"{TRAIN}/model": {"family": "sit", "size": "XXL/2", "learn_sigma": False, "label_dropout": 0.1}},
+     "checkpoints.base.train.model.size: 'XXL/2' is not known; did you mean 'XL/2'?"),
+    ({f"{TRAIN}/latents": "digit"},
+     "checkpoints.base.train.latents: 'digit' is not one of the latents; did you mean 'digits'?"),
+    ({f"{TRAIN}/init": "scrath"},
+     "checkpoints.base.train.init: 'scrath' is not one of the checkpoints; did you mean 'scratch'?"),
+    ({f"{TRAIN}/init": "mixflow"},
+     "checkpoints.base.train.init: base -> mixflow -> base never ends: start one from scratch"),
+    ({"checkpoints/mixflow/train/model": {"depth": 4}},
+     "checkpoints.mixflow.train.model.depth: 4 differs from the 3 of 'base', which it starts from: leave model out to "
+     "inherit it"),
+    ({"checkpoints/mixflow/extends": "bas"},
+     "checkpoints.mixflow.extends: 'bas' is not one of the checkpoints; did you mean 'base'?"),
+    ({"checkpoints/base/extends": "mixflow"},
+     "checkpoints.base.extends: base -> mixflow -> base never ends: remove one of them"),
+    ({"checkpoints/base/weights": WEIGHTS},
+     "checkpoints.base: a checkpoint has either 'train' or 'weights': write one of the two"),
+    ({"checkpoints/Base": {}},
+     "checkpoints: the entry name 'Base' cannot be used in paths: take lower-case letters, digits, dots, hyphens and "
+     "underscores, a letter or digit first, and not the word 'scratch'"),
+    ({"checkpoints/../x": {}}, "checkpoints: the entry name '..' cannot be used in paths"),
+    ({"samplers/euler50/num_steps": 0}, "samplers.euler50.num_steps: 0 is out of range: it must be at least 1"),
+    ({"samplers/euler50/solver": "eulr"}, "samplers.euler50.solver: 'eulr' is not known; did you mean 'euler'?"),
+    ({"samplers/euler50/solver": ...}, "samplers.euler50.solver: missing, and nothing has a default: add it"),
+    ({"samplers/euler50/num_step": 3}, "samplers.euler50: 'num_step' is not a key here; did you mean 'num_steps'?"),
+    ({"samplers/euler50/guidance/interval": [0.9, 0.1]},
+     "samplers.euler50.guidance.interval: [0.9, 0.1] is in the wrong order: write [0.1, 0.9]"),
+    ({"samplers/euler50/guidance/interval": [0.1, 1.2]},
+     "samplers.euler50.guidance.interval.1: 1.2 is out of range: it must be at most 1"),
+    ({"samplers/euler50/guidance/channels": 0},
+     "samplers.euler50.guidance.channels: 0 is not a number of channels: write a whole number above 0, or all"),
+    ({"samplers/euler50/guidance/channels": 3},
+     "samplers.euler50.guidance.channels: 3 is more than the 1 of the latents of 'base': write a smaller number, or"),
+    ({f"{TRAIN}/model/label_dropout": 0.0},
+     "samplers.euler50-cfg2.guidance.scale: 2 cannot be used with 'base', whose label_dropout 0 leaves it without a "
+     "null class: take a sampler with scale 1.0"),
+    ({"samplers/sde": {**SDE, "last_step": "none"}},
+     "samplers.sde.last_step_size: 0.04 contradicts last_step: none: write 0.0"),
+    ({"samplers/sde": SDE, "checkpoints/own": {"weights": WEIGHTS}, "tables/demo/columns/0/sampler": "sde",
+      "tables/demo/rows/0/checkpoint": "own"},
+     "checkpoints.own.weights.interpolant: missing, but the SDE sampler 'sde' needs it: add linear or gvp"),
+    ({"datasets/digits/num_held_out": 1797},
+     "datasets.digits.num_held_out: 1797 leaves none of the 1797 digits: write a smaller number"),
+    ({"datasets/digits/reference": "digit"},
+     "datasets.digits.reference: 'digit' is not one of the references; did you mean 'digits'?"),
+    ({"references/digits/extractor": "smal"},
+     "references.digits.extractor: 'smal' is not one of the extractors; did you mean 'small'?"),
+    ({"latents/digits/autoencoder": "pixel"},
+     "latents.digits.autoencoder: 'pixel' is not one of the autoencoders; did you mean 'pixels'?"),
+    ({"tables/demo/rows/0/checkpoint": "bass"},
+     "tables.demo.rows.bass.checkpoint: 'bass' is not one of the checkpoints; did you mean 'base'?"),
+    ({"tables/demo/columns/0/sampler": "euler5"},
+     "tables.demo.columns.0.sampler: 'euler5' is not one of the samplers; did you mean 'euler50'?"),
+    ({"tables/demo/columns/0/sampler": ...},
+     "tables.demo.columns.0.sampler: missing, but the row of 'base' is to be measured: add it"),
+    ({"tables/demo/columns/0/metric": "fdd"}, "tables.demo.columns.0.metric: 'fdd' is not known; did you mean 'fd'?"),
+    ({"tables/demo/columns/0/metric": "fid"},
+     "tables.demo.columns.0.metric: 'fid' cannot be had from the extractor 'small', with which 'base' is compared; did "
+     "you mean 'fd'?"),
+    ({"tables/demo/rows/1/checkpoint": "base"},
+     "tables.demo.rows: 'base' stands there 2 times: give one of them another name"),
+    ({"tables/demo/rows/0/name": "a b"}, "tables.demo.rows: the name 'a b' cannot be used in paths"),
+    ({"tables/demo/rows/1/paper": [1.5]},
+     "tables.demo.rows.mixflow.paper: 1 numbers for 2 columns: write one for each, null where the paper has none"),
+    ({"tables/demo/rows/0": {"label": "x"}},
+     "tables.demo.rows.0: the row 'x' needs a 'checkpoint': name one, or write quoted: true"),
+    ({"tables/demo/rows/0/label": 5}, "tables.demo.rows.0.label: 5 is not text: put it in quotes"),
+    ({"tables/demo/figures": ["sample"]}, "tables.demo.figures.0: 'sample' is not known; did you mean 'samples'?"),
+    ({"sampler": {}}, "'sampler' is not a key here; did you mean 'samplers'?"),
+    ({"samplers": ...}, "samplers: missing, and nothing has a default: add it"),
+    ({"samplers": 3}, "samplers: 3 is not a mapping: write keys and values"),
+    ({"samplers/euler50": 3}, "samplers.euler50: 3 is not a mapping: write keys and values"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "sentence"), MISTAKES, ids=[sentence[:60] for _, sentence in MISTAKES])
+def test_mistakes_are_named_in_one_sentence(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve(changed(changes))
+    assert str(caught.value).startswith(sentence)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 250
+
+
+def test_base_is_right() -> None:
+    resolve(BASE)  # else the mistakes above could be found for other reasons
+
+
+def test_missing_and_broken_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.yaml' does not exist"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "broken.yaml").write_text("datasets:\n  digits: {kind: digits\nlatents: 3\n")
+    with pytest.raises(UserError, match=r"broken\.yaml' line 3 is not valid YAML"):
+        load_config(tmp_path / "broken.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(UserError, match="holds no sections"):
+        load_config(tmp_path / "list.yaml")
+
+
+def as_text(value: Any) -> Any:
+    """Return what Snakemake's `--config` makes of nested values: text at every leaf."""
+    if isinstance(value, dict):
+        return {key: as_text(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [as_text(part) for part in value]
+    return value if isinstance(value, str) else yaml.safe_dump(value).removesuffix("...\n").strip()
+
+
+def test_values_from_the_command_line_are_text() -> None:
+    raw = as_text(changed({"checkpoints/mixflow/train/model": ...}))
+    assert raw["checkpoints"]["base"]["train"]["num_steps"] == "3000"
+    assert resolve(raw) == resolve(BASE)
+    raw["checkpoints"]["base"]["train"]["learning_rate"] = "1e-3"
+    with pytest.raises(UserError, match=r"write 1\.0e-3"):
+        resolve(raw)
+
+
+def test_whole_numbers_and_decimals_give_one_slice() -> None:
+    whole = resolve(changed({"samplers/euler50-cfg2/guidance/scale": 2}))
+    assert to_json(whole.slice("sample", "base", "euler50-cfg2")) == to_json(
+        resolve(BASE).slice("sample", "base", "euler50-cfg2")
+    )
+
+
+def test_size_shorthand() -> None:
+    model = {"family": "sit", "size": "XL/8", "learn_sigma": True, "label_dropout": 0.1}
+    resolved = resolve(changed({f"{TRAIN}/model": model})).slice("train", "base")["train"]["model"]
+    assert resolved == {
+        "family": "sit", "hidden_size": 1152, "depth": 28, "num_heads": 16, "patch_size": 8, "learn_sigma": True,
+        "label_dropout": 0.1, "input_size": 32, "in_channels": 1, "num_classes": 10,
+    }  # fmt: skip
+
+
+def test_post_training_inherits_its_model() -> None:
+    config = resolve(BASE)
+    assert config.slice("train", "mixflow")["train"]["model"] == config.slice("train", "base")["train"]["model"]
+    own = {"own": {"weights": WEIGHTS}, "own-mixflow": {"extends": "mixflow", "train": {"init": "own"}}}
+    config = resolve(changed({f"checkpoints/{name}": entry for name, entry in own.items()}))
+    assert config.slice("train", "own-mixflow")["train"]["model"]["depth"] == 3
+    assert config.parent("own-mixflow") == "own"
+    assert config.imported_checkpoints() == ["own"]
+    assert config.slice("import_weights", "own")["weights"]["model"]["num_heads"] == 4
+
+
+def test_null_takes_keys_and_entries_away() -> None:
+    config = resolve(changed({f"{TRAIN}/gradient_clip": None, "tables/quoted": None}))
+    assert "gradient_clip" not in config.slice("train", "base")["train"]
+    assert config.paper_tables() == []
+
+
+def test_lookups() -> None:
+    config = resolve(BASE)
+    assert config.parent("mixflow") == "base"
+    assert config.parent("base") is None
+    assert config.latents_of("mixflow") == "digits"
+    assert config.reference_of("mixflow") == "digits"
+    assert config.paper_tables() == ["quoted"]
+    assert config.cells("quoted") == []
+    assert config.cells("demo", "mixflow") == [("mixflow", "euler50"), ("mixflow", "euler50-cfg2")]
+    with pytest.raises(UserError, match="did you mean 'mixflow'"):
+        config.slice("row", "demo", "mixflo")
+    with pytest.raises(UserError, match="did you mean 'demo'"):
+        config.slice("render", "dem")
+
+
+@pytest.mark.parametrize(
+    ("settings", "calls"),
+    [
+        ({}, 50),
+        ({"solver": "heun", "num_steps": 10}, 20),
+        ({"solver": "rk4", "num_steps": 10}, 40),
+        ({"guidance": {"scale": 2.0}}, 100),
+        ({"num_steps": 10, "guidance": {"scale": 2.0, "interval": [0.3, 0.7]}}, 15),  # t = .3 .4 .5 .6 .7
+        ({**SDE, "num_steps": 250}, 250),
+        ({"solver": "dopri5", "num_steps": None, "atol": 1e-6, "rtol": 1e-3}, None),
+    ],
+)
+def test_network_calls_per_image(settings: dict[str, Any], calls: int | None) -> None:
+    config = resolve(changed({"samplers/other": {"extends": "euler50", **settings}}))
+    assert config.slice("evaluate", "base", "other").get("network_calls_per_image") == calls
+
+
+def every_slice(config: Config) -> dict[str, str]:
+    """Return the JSON of every job's settings."""
+    jobs: list[tuple[str, ...]] = [("cache_latents", name) for name in config.latents]
+    jobs += [("train", name) for name in config.trained_checkpoints()]
+    jobs += [("train_extractor", name) for name in config.extractors]
+    jobs += [("make_reference", name) for name in config.references]
+    for table, entry in config.tables.items():
+        jobs += [(stage, *pair) for pair in config.cells(table) for stage in ("sample", "evaluate")]
+        jobs += [("row", table, row.key) for row in entry.rows] + [("render", table)]
+    return {" ".join(job): to_json(config.slice(*job)) for job in jobs}
+
+
+ALL_SAMPLES = {f"sample {c} {s}" for c in ("base", "mixflow") for s in ("euler50", "euler50-cfg2")}
+ALL_METRICS = {name.replace("sample", "evaluate") for name in ALL_SAMPLES}
+GUIDED = {name for name in ALL_SAMPLES | ALL_METRICS if name.endswith("cfg2")}
+ROWS = {"row demo base", "row demo mixflow"}
+
+TOUCHED: list[tuple[dict[str, Any], set[str]]] = [
+    # a change in config.yaml, and the jobs whose settings differ; what depends on their files runs again through those
+    ({"checkpoints/mixflow/train/gamma": 0.4}, {"train mixflow", "row demo mixflow"}),
+    ({"checkpoints/mixflow/train/seed": 7}, {"train mixflow", "row demo mixflow"}),
+    ({"checkpoints/mixflow/train/gradient_clip": 2.0}, {"train mixflow"}),
+    ({"checkpoints/mixflow/train/gradient_clip": None}, {"train mixflow"}),
+    ({f"{TRAIN}/betas": [0.9, 0.95]}, {"train base", "train mixflow"}),  # mixflow extends base
+    ({f"{TRAIN}/model/depth": 4}, {"train base", "train mixflow"} | ALL_SAMPLES),
+    ({"samplers/euler50-cfg2/seed": 3}, GUIDED | {"render demo"}),
+    ({"samplers/euler50-cfg2/guidance/scale": 3.0}, GUIDED | ROWS | {"render demo"}),
+    ({"samplers/euler50/num_images": 99}, ALL_SAMPLES | ALL_METRICS | {"render demo"}),
+    ({"latents/digits/shard_size": 64}, {"cache_latents digits"}),
+    ({"datasets/digits/seed": 1}, {"cache_latents digits"}),
+    ({"extractors/small/learning_rate": 0.1}, {"train_extractor small"}),
+    ({"extractors/small/width": 8}, {"train_extractor small", "make_reference digits"} | ALL_METRICS),
+    ({"tables/demo/title": "Other"}, {"render demo"}),
+    ({"tables/demo/rows/1/note": "x"}, {"row demo mixflow"}),
+    ({"tables/quoted/rows/0/paper": [9.4]}, {"row quoted sit"}),
+    ({"checkpoints/unused": {"extends": "mixflow"}}, {"train unused"}),
+    ({"samplers/unused": {"extends": "euler50"}}, set()),
+]
+
+
+@pytest.mark.parametrize(("changes", "touched"), TOUCHED, ids=[" ".join(changes) for changes, _ in TOUCHED])
+def test_a_change_touches_only_what_depends_on_it(changes: dict[str, Any], touched: set[str]) -> None:
+    before, after = every_slice(resolve(BASE)), every_slice(resolve(changed(changes)))
+    assert {job for job in after if after[job] != before.get(job)} == touched
+
+
+def test_slices_hold_no_nulls_and_are_canonical() -> None:
+    config = load_config(CONFIG)
+    for job, text in every_slice(config).items():
+        if not job.startswith("row"):  # where null stands for a number that the paper does not have
+            assert "null" not in text, job
+        assert text == json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
+    shuffled = yaml.safe_load(CONFIG.read_text())
+    shuffled["checkpoints"] = dict(reversed(shuffled["checkpoints"].items()))
+    for entry in shuffled["samplers"].values():
+        items = list(entry.items())
+        entry.clear()
+        entry.update(reversed(items))
+    assert every_slice(resolve(shuffled)) == every_slice(config)
+
+
+def test_slice_key_is_stable() -> None:
+    import hashlib
+
+    expected = hashlib.sha256(b'{"a":1,"b":[1.5,true]}\nff').hexdigest()[:16]
+    assert slice_key({"b": [1.5, True], "a": 1}, "ff") == expected
+    assert slice_key({"b": [1.5, True], "a": 1}) != expected
+
+
+def test_the_shipped_config_and_its_rehearsal() -> None:
+    config, rehearsal = load_config(CONFIG), load_config(CONFIG, REHEARSAL)
+    assert config.paper_tables() == ["main", "table4", "table8"]
+    for section in ("checkpoints", "samplers", "latents", "extractors", "references", "tables"):
+        assert list(getattr(rehearsal, section)) == list(getattr(config, section))
+    assert max(entry.train.num_steps for entry in rehearsal.checkpoints.values() if entry.train) <= 100
+    arms = [config.checkpoints[row.checkpoint].train for row in config.tables["digits"].rows[1:] if row.checkpoint]
+    recipes = [{**arm.model_dump(), "law": None, "gamma": None} for arm in arms if arm]
+    assert len(recipes) == 4
+    assert all(recipe == recipes[0] for recipe in recipes), "the arms must differ in the law alone"
+
+
+def test_gains_of_table_4_are_those_of_the_paper() -> None:
+    """The paper prints the gains too; a mistyped number would break them."""
+    table = load_config(CONFIG).tables["table4"]
+    numbers = np.array([row.paper for row in table.rows])
+    gains = [[2.33, 2.34, 2.58, 0.55, 0.64, 0.78], [1.48, 1.73, 1.96, 0.16, 0.16, 0.19],
+             [1.73, 2.11, 2.68, 0.18, 0.24, 0.28]]  # fmt: skip
+    np.testing.assert_allclose(numbers[0::2] - numbers[1::2], gains, atol=1e-9)
+
+
+def test_the_paper_s_tables_agree_where_they_overlap() -> None:
+    tables = load_config(CONFIG).tables
+    main = {row.key: row.paper for row in tables["main"].rows}
+    for row in tables["table4"].rows:
+        assert row.paper is not None
+        assert main[row.key] == (row.paper[0], row.paper[3])
+    rae = {row.key: row.paper for row in tables["table8"].rows if row.key.startswith("rae")}
+    assert {key: (paper[0], paper[5]) for key, paper in rae.items() if paper} == {key: main[key] for key in rae}
+
+
+# --- schema ----------------------------------------------------------------------------------------------------------
+
+
+def test_schema_file_is_up_to_date() -> None:
+    fix = "run: python -m mixflow.config --write-schema"
+    assert (ROOT / module.SCHEMA_FILE).read_text() == module.schema_text(), fix
+
+
+@pytest.fixture(scope="module")
+def validator() -> jsonschema.Draft202012Validator:
+    schema = yaml.safe_load(module.schema_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+def test_schema_accepts_what_is_shipped(validator: jsonschema.Draft202012Validator) -> None:
+    validator.validate(yaml.safe_load(CONFIG.read_text()))
+    validator.validate(yaml.safe_load(REHEARSAL.read_text()))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sampler": {}},
+        {"samplers/Euler": {}},
+        {"samplers/euler50/num_step": 3},
+        {"checkpoints/base/train/learning_rat": 0.1},
+        {"checkpoints/base/train/learning_rate": "1e-5"},
+        {"checkpoints/base/train/model/dept": 3},
+        {"checkpoints/base/train/law": "mixfow"},
+        {"tables/demo/rows/0/chekpoint": "base"},
+        {"tables/demo/columns/0/metric": "fdd"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_schema_refuses_typos(validator: jsonschema.Draft202012Validator, changes: dict[str, Any]) -> None:
+    assert not validator.is_valid(changed(changes))
+
+
+def test_schema_holds_no_defaults_and_requires_nothing() -> None:
+    def keys(node: Any) -> set[str]:
+        if isinstance(node, dict):
+            return set(node) | set().union(*map(keys, node.values()))
+        return set().union(*map(keys, node)) if isinstance(node, list) else set()
+
+    assert not {"default", "required"} & keys(yaml.safe_load(module.schema_text()))
+
+
+# --- the rest of the package -----------------------------------------------------------------------------------------
+
+
+def test_import_is_light() -> None:
+    """The Snakefile imports it on every call, on the head node."""
+    code = "import sys, mixflow.config; print(sorted({'torch', 'numpy', 'snakemake'} & set(sys.modules)))"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert answer.stdout.strip() == "[]"
+
+
+def test_names_agree_with_the_other_rooms() -> None:
+    from mixflow.flow import INTERPOLANTS
+    from mixflow.flow.time_laws import LAWS
+    from mixflow.models.sit import SIT_SIZES
+    from mixflow.sampling.solvers import DIFFUSIONS, LAST_STEPS, SOLVERS
+
+    def names(entry: type, field: str) -> set[str]:
+        return set(typing.get_args(entry.model_fields[field].annotation))  # type: ignore[attr-defined]
+
+    assert names(module.Train, "law") == set(LAWS)
+    assert names(module.Train, "interpolant") == set(INTERPOLANTS)
+    assert names(module.Diffusion, "form") == set(DIFFUSIONS)
+    assert names(module.EulerMaruyama, "last_step") == set(LAST_STEPS)
+    solvers = [names(entry, "solver") for entry in (module.FixedStep, module.Dopri5, module.EulerMaruyama)]
+    assert set().union(*solvers) == set(SOLVERS)
+    assert module.SIT_SIZES == SIT_SIZES
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_latents(folder: Path) -> Path:
+    shards = []
+    for name, size in (("train-00000.safetensors", 100), ("train-00001.safetensors", 40)):
+        (folder / name).write_bytes(b"x" * size)
+        shards.append({"file": name, "bytes": size, "sha256": "0" * 64, "count": 1})
+    index = folder / "index.json"
+    index.write_text(json.dumps({"splits": {"train": {"shards": shards[:1]}, "held_out": {"shards": shards[1:]}}}))
+    return index
+
+
+def test_check_latents(tmp_path: Path) -> None:
+    check_latents(tmp_path / "index.json")  # not made yet
+    index = write_latents(tmp_path)
+    check_latents(index)
+    shard = tmp_path / "train-00001.safetensors"
+    shard.write_bytes(b"x" * 39)
+    with pytest.raises(UserError, match=r"train-00001\.safetensors' has 39 bytes where the index says 40: delete '"):
+        check_latents(index)
+    shard.unlink()
+    with pytest.raises(UserError, match=r"train-00001\.safetensors' is missing: delete '"):
+        check_latents(index)
+    index.write_text("{")
+    with pytest.raises(UserError, match="is not the index of a latent cache"):
+        check_latents(index)
+
+
+def test_check_weights_file(tmp_path: Path) -> None:
+    from mixflow.models import build_model, save_model
+
+    options = {**WEIGHTS["model"], "hidden_size": 16, "depth": 1, "num_heads": 2}
+    file = tmp_path / "own.safetensors"
+
+    def config_for(**model: Any) -> Config:
+        entry = {"weights": {**WEIGHTS, "file": str(file), "model": {**options, **model}}}
+        return resolve(changed({"checkpoints/own": entry}))
+
+    with pytest.raises(UserError, match=r"checkpoints\.own\.weights\.file: '.*' does not exist"):
+        check_weights_file(config_for(), "own")
+    full = config_for().network_options("own")
+    network = build_model(**full)
+    save_model(file, network.state_dict(), full)
+    assert check_weights_file(config_for(), "own") == str(file)
+    with pytest.raises(UserError, match="holds a SiT with depth 1, the entry says depth 2: correct one of them"):
+        check_weights_file(config_for(depth=2), "own")
+    with pytest.raises(UserError, match="num_heads 2, the entry says num_heads 4"):
+        check_weights_file(config_for(num_heads=4), "own")

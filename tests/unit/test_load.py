@@ -1,0 +1,488 @@
+"""Reading and writing weights: the peers' file formats, ours, and what users get told about the wrong ones."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from mixflow.models import SiT, build_model, describe_weights, load_model, read_state_dict, save_model
+from mixflow.runtime.errors import UserError
+from mixflow.runtime.weights_header import (
+    safetensors_header,
+    safetensors_shapes,
+    saved_model_options,
+    sit_options_from_shapes,
+)
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "sit"
+OPTIONS = dict(
+    input_size=8,
+    in_channels=4,
+    patch_size=2,
+    hidden_size=32,
+    depth=2,
+    num_heads=2,
+    num_classes=10,
+    label_dropout=0.1,
+    learn_sigma=True,
+)
+SIZES = {name: value for name, value in OPTIONS.items() if name not in ("num_heads", "label_dropout")}
+
+
+def network(**changes):
+    torch.manual_seed(0)
+    net = SiT(**(OPTIONS | changes))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_(std=0.1)
+    return net.eval()
+
+
+def velocity(net):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(
+        2, net.options["in_channels"], net.options["input_size"], net.options["input_size"], generator=generator
+    )
+    with torch.no_grad():
+        return net(x, torch.tensor([0.2, 0.7]), torch.tensor([1, 3]))
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+class Attack:
+    """Unpickling this without care would create the file `mark`."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.mark),))
+
+
+# Our own files ------------------------------------------------------------------------------------------------------
+
+
+def test_saved_network_comes_back_whole(tmp_path):
+    net = network()
+    save_model(tmp_path / "model.safetensors", net.state_dict(), net.options)
+    loaded = load_model("sit", tmp_path / "model.safetensors")
+    assert loaded.options == OPTIONS
+    assert not loaded.training
+    assert not loaded.pos_embed.requires_grad
+    assert all(tensor.dtype == torch.float32 for tensor in loaded.state_dict().values())
+    assert same(loaded.state_dict(), net.state_dict())
+    assert torch.equal(velocity(loaded), velocity(net))
+
+
+def test_saved_network_without_null_class_comes_back_whole(tmp_path):
+    net = network(label_dropout=0.0)
+    save_model(tmp_path / "model.safetensors", net.state_dict(), net.options)
+    loaded = load_model("sit", tmp_path / "model.safetensors")
+    assert loaded.options == net.options
+    assert loaded.null_label is None
+    assert describe_weights(tmp_path / "model.safetensors")["num_classes"] == 10
+    with pytest.raises(UserError, match=r"was saved with label_dropout 0.0 where 0.1 is asked for"):
+        load_model("sit", tmp_path / "model.safetensors", label_dropout=0.1)
+
+
+def test_label_dropout_can_be_changed_for_training(tmp_path):
+    net = network()
+    save_model(tmp_path / "model.safetensors", net.state_dict(), net.options)
+    assert load_model("sit", tmp_path / "model.safetensors", label_dropout=0.2).label_dropout == 0.2
+
+
+def test_equal_weights_give_equal_bytes(tmp_path):
+    net = network()
+    backwards = OrderedDict(reversed(net.state_dict().items()))
+    shuffled_options = dict(reversed(net.options.items()))
+    for _ in range(3):
+        save_model(tmp_path / "first.safetensors", net.state_dict(), net.options)
+        save_model(tmp_path / "second.safetensors", backwards, shuffled_options)
+        assert (tmp_path / "first.safetensors").read_bytes() == (tmp_path / "second.safetensors").read_bytes()
+    assert list(safetensors_header(tmp_path / "first.safetensors")["__metadata__"]) == ["mixflow"]
+
+
+def test_saved_file_has_ordinary_permissions_and_leaves_no_rubbish(tmp_path):
+    (tmp_path / "ordinary").touch()
+    save_model(tmp_path / "model.safetensors", network().state_dict(), OPTIONS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "ordinary"]
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
+def test_a_failed_save_keeps_the_old_file(tmp_path):
+    net = network()
+    path = tmp_path / "model.safetensors"
+    save_model(path, net.state_dict(), net.options)
+    before = path.read_bytes()
+    weight = torch.zeros(4)
+    with pytest.raises(RuntimeError, match="share memory"):
+        save_model(path, {"a": weight, "b": weight}, net.options)
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_loaded_network_does_not_depend_on_the_file_or_the_given_tensors(tmp_path):
+    net = network()
+    path = tmp_path / "model.safetensors"
+    save_model(path, net.state_dict(), net.options)
+    loaded, expected = load_model("sit", path), velocity(net)
+    with open(path, "r+b") as file:
+        file.truncate(100)
+    assert torch.equal(velocity(loaded), expected)
+    state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    loaded = load_model("sit", state, num_heads=2)
+    for tensor in state.values():
+        tensor.zero_()
+    assert torch.equal(velocity(loaded), expected)
+
+
+# The peers' files ---------------------------------------------------------------------------------------------------
+
+WRAPS = {
+    "flat": lambda state, other: state,
+    "ema": lambda state, other: {
+        "model": other,
+        "ema": state,
+        "opt": {"state": {}},
+        "args": argparse.Namespace(lr=1e-4),
+    },
+    "model": lambda state, other: {"model": state, "steps": 7},
+    "state_dict": lambda state, other: {"state_dict": state, "epoch": 3},
+}
+PREFIXES = ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".ckpt"])
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_torch_files(tmp_path, suffix, wrap):
+    net, other = network(), {name: tensor + 1 for name, tensor in network().state_dict().items()}
+    path = tmp_path / f"weights{suffix}"
+    torch.save(WRAPS[wrap](net.state_dict(), other), path)
+    assert same(read_state_dict(path), net.state_dict())
+    assert torch.equal(velocity(load_model("sit", path, num_heads=2)), velocity(net))
+    assert describe_weights(path)["wrapper"] == (None if wrap == "flat" else wrap)
+
+
+def test_torch_file_of_the_time_before_zip(tmp_path):
+    net = network()
+    torch.save({"ema": net.state_dict()}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert same(load_model("sit", tmp_path / "old.pt", num_heads=2).state_dict(), net.state_dict())
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_prefixes_of_ddp_and_compile_are_dropped(tmp_path, prefix):
+    net = network()
+    state = {prefix + name: tensor for name, tensor in net.state_dict().items()}
+    assert same(load_model("sit", {"ema": state}, num_heads=2).state_dict(), net.state_dict())
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    assert same(read_state_dict(tmp_path / "model.safetensors"), net.state_dict())
+
+
+def test_prefix_of_compiled_blocks_is_dropped():
+    net = network()
+    state = {name.replace("blocks.1.", "blocks.1._orig_mod."): t for name, t in net.state_dict().items()}
+    assert same(load_model("sit", state, num_heads=2).state_dict(), net.state_dict())
+
+
+def test_other_precisions_become_float32():
+    net = network()
+    state = {name: tensor.bfloat16() for name, tensor in net.state_dict().items()}
+    loaded = load_model("sit", state, num_heads=2).state_dict()
+    assert all(tensor.dtype == torch.float32 for tensor in loaded.values())
+    assert same(loaded, {name: tensor.float() for name, tensor in state.items()})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"learn_sigma": False},
+        {"num_classes": 1000},
+        {"patch_size": 4},
+        {"patch_size": 1, "input_size": 4},
+        {"in_channels": 16},
+        {"in_channels": 3, "learn_sigma": False, "input_size": 16},
+        {"depth": 12},
+    ],
+)
+def test_sizes_come_from_shapes(changes):
+    options = OPTIONS | changes
+    assert load_model("sit", network(**changes).state_dict(), num_heads=2).options == options
+
+
+@pytest.mark.parametrize(("hidden_size", "num_heads"), [(384, 6), (768, 12), (1024, 16), (1152, 16)])
+def test_heads_of_published_widths_are_known(hidden_size, num_heads):
+    state = network(hidden_size=hidden_size, depth=1, num_heads=num_heads).state_dict()
+    assert load_model("sit", state).options["num_heads"] == num_heads
+
+
+def test_label_table_without_null_class():
+    state = network(label_dropout=0.0).state_dict()
+    net = load_model("sit", state, num_heads=2, label_dropout=0)
+    assert net.options["num_classes"] == 10
+    assert net.null_label is None
+    assert load_model("sit", state, num_heads=2).options["num_classes"] == 9  # what shapes alone must mean
+
+
+def test_positions_are_loaded_not_recomputed():
+    state = network().state_dict() | {"pos_embed": torch.full((1, 16, 32), 0.25)}
+    assert torch.equal(load_model("sit", state, num_heads=2).pos_embed, state["pos_embed"])
+
+
+# What users get told ------------------------------------------------------------------------------------------------
+
+
+def test_unknown_family_and_options():
+    with pytest.raises(UserError, match=r"'sitt' is not a family of networks; did you mean 'sit'\?"):
+        load_model("sitt", {})
+    with pytest.raises(UserError, match=r"'num_head' is not an option of family 'sit'; did you mean 'num_heads'\?"):
+        load_model("sit", network().state_dict(), num_head=2)
+    with pytest.raises(UserError, match=r"has depth 2 where 3 is asked for"):
+        load_model("sit", network().state_dict(), num_heads=2, depth=3)
+
+
+def test_heads_of_unlisted_widths_must_be_given():
+    with pytest.raises(UserError, match=r"the given state dict has hidden_size 32.*give the option num_heads"):
+        load_model("sit", network().state_dict())
+    with pytest.raises(UserError, match=r"hidden_size 32 is not a multiple of num_heads 5"):
+        load_model("sit", network().state_dict(), num_heads=5)
+
+
+def test_heads_that_contradict_our_file(tmp_path):
+    save_model(tmp_path / "model.safetensors", network().state_dict(), OPTIONS)
+    assert load_model("sit", tmp_path / "model.safetensors", num_heads=2).options == OPTIONS
+    path = tmp_path / "model.safetensors"
+    # Shapes cannot tell the heads, but the file says them.
+    with pytest.raises(UserError, match=rf"weights file '{path}' has num_heads 2 where 4 is asked for"):
+        load_model("sit", path, num_heads=4)
+
+
+def test_missing_unexpected_and_misshapen_weights_are_named():
+    state = network().state_dict()
+    for name in [name for name in state if name.startswith("blocks.1.mlp.")]:
+        del state[name]
+    state["blocks.0.attn.rope"] = torch.zeros(1)
+    state["blocks.0.attn.proj.bias"] = torch.zeros(7)
+    with pytest.raises(UserError) as error:
+        load_model("sit", state, num_heads=2)
+    assert "missing 'blocks.1.mlp.fc1.weight', 'blocks.1.mlp.fc1.bias', 'blocks.1.mlp.fc2.weight' and 1 more" in str(
+        error.value
+    )
+    assert "unexpected 'blocks.0.attn.rope'" in str(error.value)
+    assert "misshapen 'blocks.0.attn.proj.bias' [7]" in str(error.value)
+    assert "SiT of hidden_size 32, depth 2, patch_size 2" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "held"),
+    [
+        (["encoder.down_blocks.0.weight"], "a diffusers autoencoder"),
+        (["transformer_blocks.0.attn.to_q.weight"], "a diffusers transformer such as SD3"),
+        (["cls_token", "blocks.0.attn.qkv.weight"], "a vision transformer"),
+        (["s_embedder.proj.weight", "pos_embed"], "an RAE network"),
+        (["anything"], "no network that mixflow knows"),
+    ],
+)
+def test_other_architectures_are_named(tmp_path, keys, held):
+    path = tmp_path / "other.safetensors"
+    safetensors.torch.save_file({key: torch.zeros(2) for key in keys}, path)
+    with pytest.raises(UserError, match=rf"weights file '{path}' cannot be loaded as SiT.*seems to hold {held}"):
+        load_model("sit", path)
+    description = describe_weights(path)
+    assert description["family"] is None
+    assert description["architecture"].startswith(held)
+
+
+def test_a_sit_with_repa_projectors_is_named():
+    state = network().state_dict() | {"projectors.0.0.weight": torch.zeros(8, 32)}
+    with pytest.raises(UserError, match=r"unexpected 'projectors.0.0.weight'.*a SiT with REPA projectors"):
+        load_model("sit", state, num_heads=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("pos_embed", (1, 15, 32)), ("final_layer.linear.weight", (20, 32)), ("x_embedder.proj.weight", (32, 16))],
+)
+def test_shapes_of_no_square_sit(name, shape):
+    state = network().state_dict() | {name: torch.zeros(shape)}
+    with pytest.raises(UserError, match="belong to no SiT on square latents"):
+        load_model("sit", state, num_heads=2)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    path, mark = tmp_path / "attack.pt", tmp_path / "mark"
+    torch.save({"ema": network().state_dict(), "args": Attack(mark)}, path)
+    with pytest.raises(UserError, match=rf"'{path}' cannot be loaded safely, for it holds 'posix\.mkdir'.*save_file"):
+        load_model("sit", path, num_heads=2)
+    torch.save({"ema": network().state_dict(), "args": argparse.Namespace(x=Attack(mark))}, path)
+    with pytest.raises(UserError, match="cannot be loaded safely"):
+        load_model("sit", path, num_heads=2)
+    assert not mark.exists()
+
+
+def test_unsafe_contents_of_an_old_torch_file_are_named(tmp_path):
+    path, mark = tmp_path / "attack.pt", tmp_path / "mark"
+    torch.save({"ema": {}, "args": Attack(mark)}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match=r"cannot be loaded safely, for it holds 'posix\.mkdir'"):
+        read_state_dict(path)
+    path.write_bytes(pickle.dumps({"args": Attack(mark)}, protocol=2))
+    with pytest.raises(UserError, match=f"'{path}'"):
+        read_state_dict(path)
+    assert not mark.exists()
+
+
+def test_namespaces_that_hold_more_than_plain_values_are_explained(tmp_path):
+    arguments = argparse.Namespace(data_path=Path("images"))
+    torch.save({"ema": network().state_dict(), "args": arguments}, tmp_path / "weights.pt")
+    with pytest.raises(UserError, match=r"cannot be loaded safely, for it holds 'pathlib[\w.]*'"):
+        load_model("sit", tmp_path / "weights.pt", num_heads=2)
+
+
+def test_allowing_namespaces_does_not_outlast_the_load(tmp_path):
+    torch.save({"ema": network().state_dict(), "args": argparse.Namespace(lr=1)}, tmp_path / "weights.pt")
+    load_model("sit", tmp_path / "weights.pt", num_heads=2)
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("kept", [0, 5, 300, -1])
+def test_truncated_files(tmp_path, suffix, kept):
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".pt":
+        torch.save(network().state_dict(), path)
+    else:
+        save_model(path, network().state_dict(), OPTIONS)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UserError, match=f"weights file '{path}'.*download or make it again"):
+        load_model("sit", path)
+
+
+def test_files_of_another_kind_under_a_known_ending(tmp_path):
+    with zipfile.ZipFile(tmp_path / "weights.pt", "w") as archive:
+        archive.writestr("readme.txt", "no weights")
+    with pytest.raises(UserError, match="is truncated or is not a torch file"):
+        load_model("sit", tmp_path / "weights.pt")
+    (tmp_path / "page.pt").write_text("<html>quota exceeded</html>")
+    with pytest.raises(UserError, match="is truncated or is not a torch file"):
+        load_model("sit", tmp_path / "page.pt")
+    header = b'{"a":{"dtype":"F99","shape":[2],"data_offsets":[0,8]}}'
+    (tmp_path / "odd.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(UserError, match=r"odd.safetensors' is garbled"):
+        load_model("sit", tmp_path / "odd.safetensors")
+
+
+def test_files_that_hold_something_else(tmp_path):
+    for content in ([1, 2], {"epoch": 3}, {"ema": {}}, {1: torch.zeros(3)}, torch.zeros(3)):
+        torch.save(content, tmp_path / "weights.pt")
+        with pytest.raises(UserError, match=r"weights file '.*weights.pt' holds"):
+            load_model("sit", tmp_path / "weights.pt")
+    for name in ("absent.pt", "absent.safetensors"):
+        with pytest.raises(UserError, match=rf"{name}' does not exist"):
+            load_model("sit", tmp_path / name)
+    with pytest.raises(UserError, match=r"has none of the endings .safetensors"):
+        load_model("sit", tmp_path / "weights.bin")
+
+
+def test_options_of_fresh_networks_are_checked():
+    assert build_model("sit", **OPTIONS).options == OPTIONS
+    with pytest.raises(UserError, match="needs the option 'depth'"):
+        build_model("sit", **{name: value for name, value in OPTIONS.items() if name != "depth"})
+    with pytest.raises(UserError, match="input_size 9 is not a multiple of patch_size 2"):
+        build_model("sit", **(OPTIONS | {"input_size": 9}))
+    with pytest.raises(UserError, match="hidden_size 30 is not a multiple of 4"):
+        build_model("sit", **(OPTIONS | {"hidden_size": 30}))
+    with pytest.raises(UserError, match=r"'width' is not an option of family 'sit'"):
+        build_model("sit", **OPTIONS, width=3)
+
+
+# Descriptions and headers -------------------------------------------------------------------------------------------
+
+
+def test_describe_weights(tmp_path):
+    net = network()
+    expected = OPTIONS | {
+        "family": "sit",
+        "architecture": "a SiT network",
+        "wrapper": None,
+        "keys": 32,
+        "parameters": sum(parameter.numel() for parameter in net.parameters()),
+        "dtype": "float32",
+    }
+    save_model(tmp_path / "ours.safetensors", net.state_dict(), net.options)
+    assert describe_weights(tmp_path / "ours.safetensors") == expected
+    torch.save({"ema": net.bfloat16().state_dict()}, tmp_path / "peer.pt")
+    foreign = expected | {"wrapper": "ema", "dtype": "bfloat16", "num_heads": None}
+    del foreign["label_dropout"]
+    assert describe_weights(tmp_path / "peer.pt") == foreign
+
+
+@pytest.mark.parametrize("model", ["a", "b"])
+def test_header_tells_shapes_and_sizes_of_the_peers_models(model):
+    path = GOLDEN / f"model_{model}.safetensors"
+    shapes = safetensors_shapes(path)
+    assert shapes == {name: tuple(tensor.shape) for name, tensor in safetensors.torch.load_file(path).items()}
+    config = json.loads(safetensors_header(path)["__metadata__"]["config"])
+    assert sit_options_from_shapes(shapes) == {name: value for name, value in config.items() if name != "num_heads"}
+    assert saved_model_options(path) == {}
+
+
+def test_released_sizes_are_told_from_the_peers_key_lists():
+    for name, entry in json.loads((GOLDEN / "state_dict_keys.json").read_text()).items():
+        sizes = sit_options_from_shapes({key: tuple(shape) for key, shape in entry["keys"].items()})
+        assert sizes["patch_size"] == int(name[-1])
+        assert (sizes["input_size"], sizes["num_classes"], sizes["learn_sigma"]) == (32, 1000, True)
+        assert sizes["depth"] == {"S": 12, "B": 12, "L": 24, "X": 28}[name[4]]
+
+
+def test_header_of_our_files(tmp_path):
+    save_model(tmp_path / "model.safetensors", network().state_dict(), OPTIONS)
+    assert saved_model_options(tmp_path / "model.safetensors") == OPTIONS
+    assert sit_options_from_shapes(safetensors_shapes(tmp_path / "model.safetensors")) == SIZES
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x02\x00\x00\x00\x00\x00\x00\x00[]",
+        b"\xff" * 8 + b"{}",
+        b"\x04\x00\x00\x00\x00\x00\x00\x00{{}}",
+        b"\x08\x00\x00\x00\x00\x00\x00\x00" + b'{"a": 1}',
+        b"\x3f\x00\x00\x00\x00\x00\x00\x00"
+        + b'{"a":{"dtype":"F32","shape":"[2]","data_offsets":[0,8]}}       '
+        + b"\0" * 8,
+    ],
+)
+def test_garbled_headers(tmp_path, content):
+    path = tmp_path / "garbled.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"weights file '{path}' is truncated or is not a safetensors file"):
+        safetensors_shapes(path)
+
+
+def test_longer_or_shorter_data_than_the_header_says(tmp_path):
+    path = tmp_path / "model.safetensors"
+    shutil.copyfile(GOLDEN / "model_b.safetensors", path)
+    whole = path.read_bytes()
+    for content in (whole[:-4], whole + b"\0"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"has {len(content)} bytes where its header asks for {len(whole)}"):
+            safetensors_shapes(path)
+
+
+def test_headers_are_read_without_torch():
+    code = "import sys, mixflow.runtime.weights_header; assert not {'torch', 'numpy', 'safetensors'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,73 @@
+# Config checks, and what the rules look up. Nothing here knows how a stage works.
+import re
+
+from snakemake.exceptions import WorkflowError
+
+from mixflow import config as mixflow_config
+from mixflow.runtime import paths
+from mixflow.runtime.errors import UserError
+from mixflow.tables import figure_files, figure_paths
+
+
+def user_error(error):
+    """One sentence for the user, without a traceback."""
+    return WorkflowError(f"mixflow: {error}")
+
+
+try:
+    settings = mixflow_config.resolve(config)
+except UserError as error:
+    raise user_error(error) from None
+
+
+wildcard_constraints:
+    # Entry names are path components.
+    latents="[^/]+",
+    checkpoint="[^/]+",
+    sampler="[^/]+",
+    table="[^/]+",
+    row="[^/]+",
+    figure="[^/]+",
+    extractor="[^/]+",
+    reference="[^/]+",
+
+
+def slice_of(stage, *names):
+    """A params function: the slice of config that decides this stage's result, as JSON, and nothing else."""
+
+    def params(wildcards):
+        return mixflow_config.to_json(settings.slice(stage, *(wildcards[name] for name in names)))
+
+    return params
+
+
+def one_of(names):
+    """A wildcard constraint that matches these names only (and nothing where there are none)."""
+    return "|".join(re.escape(name) for name in names) or "(?!)"
+
+
+def launcher(wildcards, resources):
+    """One process, or one per GPU of the node. A result does not depend on it."""
+    gpus = resources.get("gpu", 0)
+    if gpus > 1:
+        return f"torchrun --standalone --nproc-per-node {gpus} -m mixflow"
+    return "python -m mixflow"
+
+
+def whole_latents(name):
+    """The index of a latent cache; a missing or cut shard is told before any job starts."""
+    index = paths.latents(name)
+    try:
+        mixflow_config.check_latents(index)
+    except UserError as error:
+        raise user_error(error) from None
+    return index
+
+
+def record_of(path):
+    """The small run.json beside a large result: the real trigger, while the large file itself is ancient()."""
+    return paths.record(path)
+
+
+def table_files(table):
+    return [paths.table(table, "md"), paths.table(table, "html"), *figure_paths(settings, table)]

@@ -1,0 +1,71 @@
+def reference_parts(wildcards):
+    """The reference that a checkpoint's samples are compared with, and the network that sees both."""
+    reference = settings.reference_of(wildcards.checkpoint)
+    return {
+        "reference": ancient(paths.reference(reference)),
+        "reference_record": record_of(paths.reference(reference)),
+        "extractor": ancient(paths.extractor(settings.references[reference].extractor)),
+    }
+
+
+rule train_extractor:
+    input:
+        latents=lambda wildcards: whole_latents(settings.extractors[wildcards.extractor].latents),
+    output:
+        weights=paths.extractor("{extractor}"),
+        record=record_of(paths.extractor("{extractor}")),
+    params:
+        settings=slice_of("train_extractor", "extractor"),
+    log:
+        "logs/train_extractor/{extractor}.log",
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=30,
+    shell:
+        "python -m mixflow train-extractor {wildcards.extractor:q} --settings {params.settings:q}"
+        " --latents {input.latents:q} --out {output.weights:q} --log {log:q}"
+
+
+rule make_reference:
+    input:
+        latents=lambda wildcards: whole_latents(settings.references[wildcards.reference].latents),
+        extractor=lambda wildcards: ancient(paths.extractor(settings.references[wildcards.reference].extractor)),
+        extractor_record=lambda wildcards: record_of(
+            paths.extractor(settings.references[wildcards.reference].extractor)
+        ),
+    output:
+        reference=paths.reference("{reference}"),
+        record=record_of(paths.reference("{reference}")),
+    params:
+        settings=slice_of("make_reference", "reference"),
+    log:
+        "logs/make_reference/{reference}.log",
+    resources:
+        mem_mb=4000,
+        runtime=30,
+    shell:
+        "python -m mixflow make-reference {wildcards.reference:q} --settings {params.settings:q}"
+        " --latents {input.latents:q} --extractor {input.extractor:q} --out {output.reference:q} --log {log:q}"
+
+
+rule evaluate:
+    input:
+        unpack(reference_parts),
+        samples=ancient(paths.samples("{checkpoint}", "{sampler}")),
+        samples_record=record_of(paths.samples("{checkpoint}", "{sampler}")),
+    output:
+        metrics=paths.metrics("{checkpoint}", "{sampler}"),
+        record=record_of(paths.metrics("{checkpoint}", "{sampler}")),
+    params:
+        settings=slice_of("evaluate", "checkpoint", "sampler"),
+    log:
+        "logs/evaluate/{checkpoint}/{sampler}.log",
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=60,
+    shell:
+        "python -m mixflow evaluate {wildcards.checkpoint:q} {wildcards.sampler:q} --settings {params.settings:q}"
+        " --samples {input.samples:q} --reference {input.reference:q} --extractor {input.extractor:q}"
+        " --out {output.metrics:q} --log {log:q}"

@@ -1,0 +1,20 @@
+rule sample:
+    input:
+        weights=ancient(paths.weights("{checkpoint}")),
+        weights_record=record_of(paths.weights("{checkpoint}")),
+    output:
+        samples=paths.samples("{checkpoint}", "{sampler}"),
+        record=record_of(paths.samples("{checkpoint}", "{sampler}")),
+    params:
+        settings=slice_of("sample", "checkpoint", "sampler"),
+        launch=launcher,
+    log:
+        "logs/sample/{checkpoint}/{sampler}.log",
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=60,
+    shell:
+        "{params.launch} sample {wildcards.checkpoint:q} {wildcards.sampler:q} --settings {params.settings:q}"
+        " --weights {input.weights:q} --out {output.samples:q}"
+        " --time-budget {resources.runtime} --log {log:q}"
