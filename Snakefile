@@ -13,6 +13,12 @@ report: "workflow/report/workflow.rst"
 
 
 include: "workflow/rules/common.smk"
+
+
+# Used with `--sdm apptainer` only; without it the jobs run in the environment that snakemake runs in.
+container: settings.image
+
+
 include: "workflow/rules/latents.smk"
 include: "workflow/rules/train.smk"
 include: "workflow/rules/sample.smk"

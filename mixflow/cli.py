@@ -61,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--tensorboard", type=Path, metavar="FOLDER", help="write loss curves there")
     _long_running(verb)
 
-    verb = _verb(verbs, "import-weights", _import_weights, "take a weights file of your own, or a peer's, as checkpoint")
+    verb = _verb(
+        verbs, "import-weights", _import_weights, "take a weights file of your own, or a peer's, as checkpoint"
+    )
     _settings(verb, "CHECKPOINT")
     verb.add_argument("--file", type=Path, help="the weights file")
     verb.add_argument("--out", type=Path, help="model.safetensors to write")
@@ -70,7 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     _settings(verb, "CHECKPOINT", "SAMPLER")
     verb.add_argument("--weights", type=Path, help="model.safetensors of the checkpoint")
     verb.add_argument("--out", type=Path, help="samples.npz to write")
-    verb.add_argument("--batch", type=int, default=250, metavar="N", help="images per forward pass (default %(default)s)")
+    verb.add_argument(
+        "--batch", type=int, default=250, metavar="N", help="images per forward pass (default %(default)s)"
+    )
     _long_running(verb)
 
     verb = _verb(verbs, "train-extractor", _train_extractor, "train the feature network that compares images")
@@ -133,7 +137,9 @@ def _settings(parser: argparse.ArgumentParser, *names: str) -> None:
 
 def _long_running(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scratch", type=Path, default=Path("scratch"), metavar="FOLDER", help="resume state")
-    parser.add_argument("--time-budget", type=float, metavar="MINUTES", help="save and exit with 75 before this is over")
+    parser.add_argument(
+        "--time-budget", type=float, metavar="MINUTES", help="save and exit with 75 before this is over"
+    )
     parser.add_argument("--gpus", type=int, metavar="N", help="stop at once where fewer GPUs are visible")
 
 
@@ -143,7 +149,9 @@ def _slice(options: argparse.Namespace, stage: str, *names: str) -> dict[str, An
         try:
             return json.loads(options.settings)
         except json.JSONDecodeError as error:
-            raise UserError(f"--settings is not valid JSON ({error}): pass a slice of the config, or --config") from None
+            raise UserError(
+                f"--settings is not valid JSON ({error}): pass a slice of the config, or --config"
+            ) from None
     return _config(options).slice(stage, *names)
 
 
@@ -306,4 +314,3 @@ def _doctor(options: argparse.Namespace) -> None:
     print(json.dumps(findings, indent=2) if options.json else render(findings))
     if findings["problems"]:
         sys.exit(1)
-

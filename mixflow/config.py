@@ -133,12 +133,14 @@ Autoencoder = Pixels
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
+# fmt: off
 SIT_SIZES = {
-    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
-    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
-    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
-    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
+    "S":  {"depth": 12, "hidden_size":  384, "num_heads":  6},  #  33 M parameters with patch 2
+    "B":  {"depth": 12, "hidden_size":  768, "num_heads": 12},  # 131 M
+    "L":  {"depth": 24, "hidden_size": 1024, "num_heads": 16},  # 458 M
+    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},  # 675 M
 }
+# fmt: on
 SIT_SHORTHANDS = {
     f"{size}/{patch_size}": {**numbers, "patch_size": patch_size}
     for size, numbers in SIT_SIZES.items()
@@ -477,6 +479,7 @@ class Pair(NamedTuple):
 class Config(Entry):
     """A resolved config. Lookups raise `UserError` for names that are not there."""
 
+    image: str
     datasets: dict[Name, Dataset]
     autoencoders: dict[Name, Autoencoder]
     latents: dict[Name, Latents]
@@ -1094,6 +1097,8 @@ def schema_text() -> str:
     """Return the JSON schema of config files, as YAML: no required keys, no defaults, no unknown keys."""
     schema = _relaxed(Config.model_json_schema())
     for section in schema["properties"].values():
+        if "patternProperties" not in section:
+            continue  # a plain value, such as `image`
         entries = next(iter(section["patternProperties"].values()))
         for option in entries.get("anyOf", [entries]):
             entry = schema["$defs"][option["$ref"].rsplit("/", 1)[1]]

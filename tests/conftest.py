@@ -23,17 +23,17 @@ def mixflow(tmp_path):
     return run
 
 
+def run_snakemake(directory, *arguments):
+    """Run `snakemake ...` on this repository's Snakefile with results under `directory`."""
+    command = [
+        *(sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--cores", "2"),
+        *("--directory", str(directory), "--workflow-profile", str(ROOT / "profiles/default")),
+        *map(str, arguments),
+    ]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, env=environment)
+
+
 @pytest.fixture
 def snakemake():
-    """Run `snakemake ...` on this repository's Snakefile with results under `directory`."""
-
-    def run(directory, *arguments, env=None):
-        command = [
-            *(sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--cores", "2"),
-            *("--directory", str(directory), "--workflow-profile", str(ROOT / "profiles/default")),
-            *map(str, arguments),
-        ]
-        environment = {**os.environ, **(env or {}), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, env=environment)
-
-    return run
+    return run_snakemake

@@ -20,7 +20,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from mixflow.models.sit import SIT_SIZES, SiT
+from mixflow.config import SIT_SIZES
+from mixflow.models.sit import SiT
 from mixflow.runtime.errors import UserError, did_you_mean
 from mixflow.runtime.files import atomic_path
 from mixflow.runtime.weights_header import (

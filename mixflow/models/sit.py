@@ -14,27 +14,17 @@ from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mixflow.config import SIT_SHORTHANDS
 from mixflow.runtime.errors import UserError, did_you_mean
-
-# fmt: off
-SIT_SIZES = {
-    "S":  dict(depth=12, hidden_size= 384, num_heads= 6),  #  33 M parameters with patch 2
-    "B":  dict(depth=12, hidden_size= 768, num_heads=12),  # 131 M
-    "L":  dict(depth=24, hidden_size=1024, num_heads=16),  # 458 M
-    "XL": dict(depth=28, hidden_size=1152, num_heads=16),  # 675 M
-}
-# fmt: on
 
 TIMESTEP_FEATURES = 256
 
 
 def sit_options(size: str) -> dict[str, int]:
     """Return depth, hidden_size, num_heads and patch_size of a published size such as `XL/2`; else `UserError`."""
-    name, _, patch = size.partition("/")
-    if name not in SIT_SIZES or not patch.isdecimal():
-        known = [f"{known_name}/{known_patch}" for known_name in SIT_SIZES for known_patch in (2, 4, 8)]
-        raise UserError(f"'{size}' is not a SiT size{did_you_mean(size, known)}")
-    return {**SIT_SIZES[name], "patch_size": int(patch)}
+    if size not in SIT_SHORTHANDS:
+        raise UserError(f"'{size}' is not a SiT size{did_you_mean(size, SIT_SHORTHANDS)}")
+    return dict(SIT_SHORTHANDS[size])
 
 
 class SiT(nn.Module):

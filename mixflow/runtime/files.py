@@ -109,7 +109,7 @@ class WorkFolder:
         while True:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                lock = open(self._lock_path, "a+")
+                lock = open(self._lock_path, "a+")  # noqa: SIM115 (held until close)
             except FileNotFoundError:
                 continue  # a former holder just removed the empty folder
             try:
@@ -161,7 +161,10 @@ def write_npz(path: str | os.PathLike[str], members: dict[str, Path]) -> None:
 
     Stored members can be memory-mapped in place; equal contents give equal bytes.
     """
-    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with (
+        atomic_path(path) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+    ):
         for name, source in members.items():
             entry = zipfile.ZipInfo(f"{name}.npy", date_time=_ZIP_EPOCH)
             entry.file_size = source.stat().st_size

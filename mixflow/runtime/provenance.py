@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,13 @@ _PACKAGES = ("mixflow", "torch", "timm", "accelerate", "torchdiffeq", "safetenso
 class RunRecord:
     """Collects what a reader needs to trust or repeat a result; `write` puts it beside the outputs."""
 
-    def __init__(self, stage: str, settings: dict[str, Any], parents: dict[str, str | os.PathLike[str]]) -> None:
+    def __init__(self, stage: str, settings: dict[str, Any], parents: Mapping[str, str | os.PathLike[str]]) -> None:
         """`settings` is the resolved slice of config; `parents` maps a role to the file used (hashed here)."""
         self.started = datetime.datetime.now(datetime.UTC)
         self._clock = time.perf_counter()
         self.stage = stage
         self.settings = settings
-        self.parents = {
-            role: {"file": str(path), "sha256": file_sha256(path)} for role, path in parents.items() if path is not None
-        }
+        self.parents = {role: {"file": str(path), "sha256": file_sha256(path)} for role, path in parents.items()}
 
     @property
     def parent_hashes(self) -> dict[str, str]:

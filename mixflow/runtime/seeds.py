@@ -52,7 +52,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
 
 
 def random_words(seed: int, stream: Stream, step: int, indices: Tensor, num_words: int) -> Tensor:
-    """Return int64 [n, num_words] holding uniform 32-bit words, row i a function of (seed, stream, step, indices[i])."""
+    """Return uniform 32-bit words, int64 [n, num_words]; row i is a function of (seed, stream, step, indices[i])."""
     indices = indices.to(torch.int64)[:, None]  # [n,1]
     blocks = torch.arange(-(-num_words // 4), dtype=torch.int64, device=indices.device)[None, :]  # [1,ceil(w/4)]
     # The step may pass 2^32 only in theory; its high bits share a word with the stream.

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchdiffeq import odeint
 
 from mixflow.flow import INTERPOLANTS, Interpolant
 from mixflow.runtime.errors import UserError, did_you_mean
@@ -92,6 +91,8 @@ def dopri5(velocity: Velocity, x: Tensor, times: Tensor, *, atol: float = 1e-6, 
     depends on the others in it. torchdiffeq steps beyond times[-1] and interpolates back: `velocity` is called at
     t > 1 too, and the error of the result can exceed the tolerance. Here t is on the device of x.
     """
+    from torchdiffeq import odeint  # it imports much of SciPy, which no other solver needs
+
     ends = times[[0, -1]].to(x.device)
     return odeint(lambda t, x: velocity(x, t), x, ends, method="dopri5", atol=atol, rtol=rtol)[-1]
 

@@ -37,7 +37,7 @@ def cache_latents(settings: dict[str, Any], out: Path) -> None:
     index: dict[str, Any] = {"format": FORMAT, "settings": settings, "splits": {}}
     index["num_classes"] = settings["dataset"]["num_classes"]
     for name, split in splits.items():
-        shards = []
+        shards: list[dict[str, Any]] = []
         for start in range(0, len(split.labels), settings["shard_size"]):
             chosen = slice(start, start + settings["shard_size"])
             stored = autoencoder.encode(torch.from_numpy(split.images[chosen]))

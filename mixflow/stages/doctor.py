@@ -81,7 +81,8 @@ def render(findings: dict[str, Any]) -> str:
     lines = [
         f"mixflow {code['version']} ({commit}) from {code['folder']}, Python {code['python']}",
         "  " + ", ".join(f"{name} {version or 'MISSING'}" for name, version in findings["parts"].items()),
-        f"  {findings['cpus']} CPU cores, {findings['memory_gib']} GiB memory, {findings['free_disk_gib']} GiB free disk",
+        f"  {findings['cpus']} CPU cores, {findings['memory_gib']} GiB memory, "
+        f"{findings['free_disk_gib']} GiB free disk",
     ]
     if findings["gpus"]:
         for index, gpu in enumerate(findings["gpus"]):

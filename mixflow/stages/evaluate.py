@@ -92,8 +92,8 @@ def evaluate(settings: dict[str, Any], *, samples: Path, reference: Path, extrac
     mu, sigma = moments(features)
     grey = images[..., : real["train.images"].shape[-1]]  # grey images are stored with three equal channels
     metrics = {
-        "fd": frechet_distance(mu, sigma, real["train.mu"], real["train.sigma"]),
-        "fd_held_out": frechet_distance(mu, sigma, real["held_out.mu"], real["held_out.sigma"]),
+        "fd": frechet_distance(real["train.mu"], real["train.sigma"], mu, sigma),
+        "fd_held_out": frechet_distance(real["held_out.mu"], real["held_out.sigma"], mu, sigma),
         "accuracy": class_accuracy(logits, labels),
         "variance_ratio": variance_ratio(grey, real["train.images"]),
         **memorisation(grey, real["train.images"], real["held_out.images"]),
@@ -124,7 +124,7 @@ def load_samples(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def _images(cache: LatentCache, autoencoder: dict[str, Any], split: str) -> tuple[Tensor, Tensor]:
-    """Return (images uint8 [N,H,W,C], labels [N]) of a cached split, through the autoencoder: what a model can reach."""
+    """Return (images uint8 [N,H,W,C], labels [N]) of a split, through the autoencoder: the best a model can reach."""
     stored, labels = cache.split(split).gather(np.arange(len(cache.split(split))))
     codec = load_autoencoder(autoencoder)
     channels = cache.latent_shape[0] if autoencoder["kind"] == "pixels" else 3

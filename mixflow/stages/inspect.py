@@ -62,7 +62,9 @@ def _describe_samples(path: Path) -> dict[str, Any]:
     except (zipfile.BadZipFile, ValueError) as error:
         raise UserError(f"'{path}' is not a whole .npz archive ({error}): sample again, or fetch it again") from None
     if "arr_0" not in shapes:
-        raise UserError(f"'{path}' has no member arr_0 (it has {', '.join(shapes)}): a sample file keeps its images there")
+        raise UserError(
+            f"'{path}' has no member arr_0 (it has {', '.join(shapes)}): a sample file keeps its images there"
+        )
     shape, dtype = shapes["arr_0"]
     facts: dict[str, Any] = {"kind": "samples", "images": shape[0], "shape": shape[1:], "dtype": dtype}
     return {**facts, "labels": "arr_1" in shapes, "memory_mappable": stored}

@@ -51,8 +51,9 @@ def run(
         work.remove()
         return
 
-    options = dict(settings["model"])
-    network = load_model(options["family"], weights, num_heads=options["num_heads"], label_dropout=options["label_dropout"])
+    options = settings["model"]
+    given = {key: options[key] for key in ("num_heads", "label_dropout")}  # what shapes cannot tell
+    network = load_model(options["family"], weights, **given)
     network.to(device).requires_grad_(False)
     autoencoder = load_autoencoder(settings["autoencoder"])
     size = settings["resolution"]
@@ -76,7 +77,8 @@ def run(
             pixels = autoencoder.decode(latents)
         images[chosen] = pixels.cpu().numpy()
         labels[chosen] = classes.cpu().numpy()
-        images.flush(), labels.flush()
+        images.flush()
+        labels.flush()
         done[chosen] = True  # only after the images themselves are on disk
         done.flush()
         progress.advance(accelerator.num_processes, (chosen.stop - chosen.start) * accelerator.num_processes)
@@ -125,7 +127,7 @@ def sample_latents(network: nn.Module, settings: dict[str, Any], indices: Tensor
     velocity = guided_velocity(
         network,
         labels,
-        network.null_label,
+        model["num_classes"] if model["label_dropout"] > 0 else None,  # the null class, where there is one
         guidance["scale"],
         channels=None if guidance["channels"] == "all" else guidance["channels"],
         interval=tuple(guidance["interval"]),

@@ -23,7 +23,7 @@ from mixflow.runtime.seeds import Stream, normal, uniform
 from mixflow.runtime.stopping import StopRequest
 from mixflow.training import Recipe, train
 
-LOG_EVERY = 50  # steps
+MAX_LOG_EVERY = 50  # steps; short runs log about a hundred times
 
 
 def run(
@@ -86,7 +86,7 @@ def run(
         work.path / "resume.pt",
         name=settings["checkpoint"],
         micro_batch=micro_batch,
-        log_every=LOG_EVERY,
+        log_every=min(max(recipe["num_steps"] // 100, 1), MAX_LOG_EVERY),
         stop=stop,
         on_log=on_log,
     )

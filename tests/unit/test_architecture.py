@@ -12,7 +12,8 @@ FLOORS = {
     1: {"flow", "config", "runtime"},
     2: {"models", "autoencoders", "data", "training", "sampling", "evaluation", "tables"},
     3: {"stages"},
-    4: {"cli", "__main__"},
+    4: {"cli"},
+    5: {"__main__"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 

@@ -14,9 +14,14 @@ from mixflow.runtime.files import WorkFolder, atomic_path, file_sha256, read_jso
 def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
     target = tmp_path / "a.txt"
     target.write_text("old")
-    with pytest.raises(RuntimeError, match="half way"), atomic_path(target) as temporary:
-        temporary.write_text("ne")
-        raise RuntimeError("half way")
+
+    def write_half():
+        with atomic_path(target) as temporary:
+            temporary.write_text("ne")
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        write_half()
     assert target.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
 

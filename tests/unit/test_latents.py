@@ -63,7 +63,8 @@ def test_pixels_survive_the_autoencoder_exactly():
     codec = load_autoencoder({"kind": "pixels"})
     images = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1)
     latents = codec.latents(codec.encode(images), None)
-    assert latents.min() == -1 and latents.max() == 1
+    assert latents.min() == -1
+    assert latents.max() == 1
     assert torch.equal(codec.decode(latents), images.expand(-1, -1, -1, 3))
     assert codec.decode(torch.full((1, 1, 2, 2), 3.0)).max() == 255
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import Attention
 from torch.nn import functional as F
 
-from mixflow.models import SIT_SIZES, SiT, build_model, load_model, sit_options
+from mixflow.config import SIT_SIZES
+from mixflow.models import SiT, build_model, load_model, sit_options
 from mixflow.models.sit import sincos_positions, timestep_features
 from mixflow.runtime.errors import UserError
 

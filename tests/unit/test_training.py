@@ -130,7 +130,7 @@ def test_a_loss_that_is_not_finite_is_told(tmp_path):
     def broken(net, step, positions):
         return loss_function(net, step, positions) / (0.0 if step == 20 else 1.0)
 
-    with pytest.raises(UserError, match="loss of 'x' is .* at step 30: lower learning_rate"):
+    with pytest.raises(UserError, match=r"loss of 'x' is .* at step 30: lower learning_rate"):
         train(Accelerator(cpu=True), network(), broken, recipe(), tmp_path / "r.pt", name="x", log_every=10)
 
 

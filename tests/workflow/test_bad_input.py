@@ -89,4 +89,3 @@ def test_a_truncated_shard_stops_before_any_job(tmp_path, snakemake, mixflow):
     assert result.returncode == 2
     assert shard.name in result.stderr
     assert result.stderr.strip().count("\n") == 0
-

@@ -36,7 +36,9 @@ def slice_of(stage, *names):
     """A params function: the slice of config that decides this stage's result, as JSON, and nothing else."""
 
     def params(wildcards):
-        return mixflow_config.to_json(settings.slice(stage, *(wildcards[name] for name in names)))
+        return mixflow_config.to_json(
+            settings.slice(stage, *(wildcards[name] for name in names))
+        )
 
     return params
 
@@ -70,4 +72,72 @@ def record_of(path):
 
 
 def table_files(table):
-    return [paths.table(table, "md"), paths.table(table, "html"), *figure_paths(settings, table)]
+    return [
+        paths.table(table, "md"),
+        paths.table(table, "html"),
+        *figure_paths(settings, table),
+    ]
+
+
+# --- inputs of train and import_weights
+
+
+def parent_weights(wildcards):
+    parent = settings.parent(wildcards.checkpoint)
+    return [paths.weights(parent)] if parent else []
+
+
+def parent_record(wildcards):
+    return [record_of(path) for path in parent_weights(wildcards)]
+
+
+def weights_file(wildcards):
+    """The user's own file, compared with its entry before any job starts."""
+    try:
+        return mixflow_config.check_weights_file(settings, wildcards.checkpoint)
+    except UserError as error:
+        raise user_error(error) from None
+
+
+# --- inputs of evaluate
+
+
+def reference_parts(wildcards):
+    """The reference that a checkpoint's samples are compared with, and the network that sees both."""
+    reference = settings.reference_of(wildcards.checkpoint)
+    return {
+        "reference": ancient(paths.reference(reference)),
+        "reference_record": record_of(paths.reference(reference)),
+        "extractor": ancient(paths.extractor(settings.references[reference].extractor)),
+    }
+
+
+# --- inputs of row, figure and render
+
+
+def row_metrics(wildcards):
+    """The metrics of each cell of a row, with the run records that tell how they were made."""
+    files = [
+        paths.metrics(*cell) for cell in settings.cells(wildcards.table, wildcards.row)
+    ]
+    return {"metrics": files, "records": [record_of(file) for file in files]}
+
+
+def figure_inputs(wildcards):
+    return ancient(
+        figure_files(settings.slice("figure", wildcards.table, wildcards.figure))
+    )
+
+
+def figure_triggers(wildcards):
+    """The run records beside the files a figure is drawn from (a row's own JSON is small enough to stand for itself)."""
+    files = figure_files(settings.slice("figure", wildcards.table, wildcards.figure))
+    return [file if wildcards.figure == "steps" else record_of(file) for file in files]
+
+
+def table_parts(wildcards):
+    rows = [
+        paths.row(wildcards.table, row.key)
+        for row in settings.tables[wildcards.table].rows
+    ]
+    return {"rows": rows, "figures": figure_paths(settings, wildcards.table)}

@@ -1,27 +1,19 @@
-def reference_parts(wildcards):
-    """The reference that a checkpoint's samples are compared with, and the network that sees both."""
-    reference = settings.reference_of(wildcards.checkpoint)
-    return {
-        "reference": ancient(paths.reference(reference)),
-        "reference_record": record_of(paths.reference(reference)),
-        "extractor": ancient(paths.extractor(settings.references[reference].extractor)),
-    }
-
-
 rule train_extractor:
     input:
-        latents=lambda wildcards: whole_latents(settings.extractors[wildcards.extractor].latents),
+        latents=lambda wildcards: whole_latents(
+            settings.extractors[wildcards.extractor].latents
+        ),
     output:
         weights=paths.extractor("{extractor}"),
         record=record_of(paths.extractor("{extractor}")),
-    params:
-        settings=slice_of("train_extractor", "extractor"),
     log:
         "logs/train_extractor/{extractor}.log",
     threads: 1
     resources:
         mem_mb=4000,
         runtime=30,
+    params:
+        settings=slice_of("train_extractor", "extractor"),
     shell:
         "python -m mixflow train-extractor {wildcards.extractor:q} --settings {params.settings:q}"
         " --latents {input.latents:q} --out {output.weights:q} --log {log:q}"
@@ -29,21 +21,25 @@ rule train_extractor:
 
 rule make_reference:
     input:
-        latents=lambda wildcards: whole_latents(settings.references[wildcards.reference].latents),
-        extractor=lambda wildcards: ancient(paths.extractor(settings.references[wildcards.reference].extractor)),
+        latents=lambda wildcards: whole_latents(
+            settings.references[wildcards.reference].latents
+        ),
+        extractor=lambda wildcards: ancient(
+            paths.extractor(settings.references[wildcards.reference].extractor)
+        ),
         extractor_record=lambda wildcards: record_of(
             paths.extractor(settings.references[wildcards.reference].extractor)
         ),
     output:
         reference=paths.reference("{reference}"),
         record=record_of(paths.reference("{reference}")),
-    params:
-        settings=slice_of("make_reference", "reference"),
     log:
         "logs/make_reference/{reference}.log",
     resources:
         mem_mb=4000,
         runtime=30,
+    params:
+        settings=slice_of("make_reference", "reference"),
     shell:
         "python -m mixflow make-reference {wildcards.reference:q} --settings {params.settings:q}"
         " --latents {input.latents:q} --extractor {input.extractor:q} --out {output.reference:q} --log {log:q}"
@@ -57,14 +53,14 @@ rule evaluate:
     output:
         metrics=paths.metrics("{checkpoint}", "{sampler}"),
         record=record_of(paths.metrics("{checkpoint}", "{sampler}")),
-    params:
-        settings=slice_of("evaluate", "checkpoint", "sampler"),
     log:
         "logs/evaluate/{checkpoint}/{sampler}.log",
     threads: 1
     resources:
         mem_mb=4000,
         runtime=60,
+    params:
+        settings=slice_of("evaluate", "checkpoint", "sampler"),
     shell:
         "python -m mixflow evaluate {wildcards.checkpoint:q} {wildcards.sampler:q} --settings {params.settings:q}"
         " --samples {input.samples:q} --reference {input.reference:q} --extractor {input.extractor:q}"

@@ -5,15 +5,15 @@ rule sample:
     output:
         samples=paths.samples("{checkpoint}", "{sampler}"),
         record=record_of(paths.samples("{checkpoint}", "{sampler}")),
-    params:
-        settings=slice_of("sample", "checkpoint", "sampler"),
-        launch=launcher,
     log:
         "logs/sample/{checkpoint}/{sampler}.log",
     threads: 1
     resources:
         mem_mb=4000,
         runtime=60,
+    params:
+        settings=slice_of("sample", "checkpoint", "sampler"),
+        launch=launcher,
     shell:
         "{params.launch} sample {wildcards.checkpoint:q} {wildcards.sampler:q} --settings {params.settings:q}"
         " --weights {input.weights:q} --out {output.samples:q}"

@@ -1,34 +1,13 @@
-def row_metrics(wildcards):
-    """The metrics of each cell of a row, with the run records that tell how they were made."""
-    files = [paths.metrics(*cell) for cell in settings.cells(wildcards.table, wildcards.row)]
-    return {"metrics": files, "records": [record_of(file) for file in files]}
-
-
-def figure_inputs(wildcards):
-    return ancient(figure_files(settings.slice("figure", wildcards.table, wildcards.figure)))
-
-
-def figure_triggers(wildcards):
-    """The run records beside the files a figure is drawn from (a row's own JSON is small enough to stand for itself)."""
-    files = figure_files(settings.slice("figure", wildcards.table, wildcards.figure))
-    return [file if wildcards.figure == "steps" else record_of(file) for file in files]
-
-
-def table_parts(wildcards):
-    rows = [paths.row(wildcards.table, row.key) for row in settings.tables[wildcards.table].rows]
-    return {"rows": rows, "figures": figure_paths(settings, wildcards.table)}
-
-
 rule row:
     input:
         unpack(row_metrics),
     output:
         paths.row("{table}", "{row}"),
-    params:
-        settings=slice_of("row", "table", "row"),
     log:
         "logs/row/{table}/{row}.log",
     localrule: True
+    params:
+        settings=slice_of("row", "table", "row"),
     shell:
         "python -m mixflow tables row {wildcards.table:q} {wildcards.row:q} --settings {params.settings:q}"
         " --out {output:q} --log {log:q}"
@@ -45,11 +24,11 @@ rule figure:
             category="{table}",
             labels={"figure": "{figure}"},
         ),
-    params:
-        settings=slice_of("figure", "table", "figure"),
     log:
         "logs/figure/{table}/{figure}.log",
     localrule: True
+    params:
+        settings=slice_of("figure", "table", "figure"),
     shell:
         "python -m mixflow tables figure {wildcards.table:q} {wildcards.figure:q} --settings {params.settings:q}"
         " --files {input.drawn_from:q} --out {output:q} --log {log:q}"
@@ -66,11 +45,11 @@ rule render:
             category="{table}",
             labels={"figure": "table"},
         ),
-    params:
-        settings=slice_of("render", "table"),
     log:
         "logs/render/{table}.log",
     localrule: True
+    params:
+        settings=slice_of("render", "table"),
     shell:
         "python -m mixflow tables render {wildcards.table:q} --settings {params.settings:q}"
         " --rows {input.rows:q} --figures {input.figures:q}"
