@@ -653,7 +653,12 @@ def _slice_evaluate(config: Config, checkpoint: str, sampler: str) -> dict[str, 
 
 
 def network_calls(sampler: Any) -> int:
-    """Return the forward passes per image; a guided one counts twice, once with the class and once without."""
+    """Return the forward passes per image; a guided one counts twice, once with the class and once without.
+
+    0 where the solver chooses its own steps.
+    """
+    if sampler.call_times is None:
+        return 0
     return sum(1 + sampler.guidance.acts_at(t) for t in sampler.call_times)
 
 
@@ -687,8 +692,9 @@ def _slice_figure(config: Config, table: str, figure: str) -> dict[str, Any]:
         raise UserError(f"'{figure}' is not a figure of table '{table}'{did_you_mean(figure, entry.figures)}")
     arms = [{"label": row.label, "row": row.key, "checkpoint": row.checkpoint} for row in entry.rows if row.checkpoint]
     settings = {"table": table, "figure": figure, "arms": arms}
-    if figure == "samples":  # those of the first column
-        sampler = entry.columns[0].sampler
+    if figure == "samples":  # those of the most careful sampler
+        names = [column.sampler for column in entry.columns if column.sampler is not None]
+        sampler = max(names, key=lambda name: network_calls(config.samplers[name]))
         settings |= {"sampler": sampler, "title": config.samplers[sampler].description}
     return settings
 

@@ -91,6 +91,10 @@ def parent_record(wildcards):
     return [record_of(path) for path in parent_weights(wildcards)]
 
 
+def train_threads(wildcards):
+    return 1 if settings.parent(wildcards.checkpoint) else 2
+
+
 def weights_file(wildcards):
     """The user's own file, compared with its entry before any job starts."""
     try:

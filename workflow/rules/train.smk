@@ -14,7 +14,8 @@ rule train:
         "logs/train/{checkpoint}.log",
     wildcard_constraints:
         checkpoint=one_of(settings.trained_checkpoints()),
-    threads: 2
+    # A model that starts from scratch stands alone at the head of the chain; arms run side by side.
+    threads: train_threads
     resources:
         mem_mb=4000,
         runtime=60,
