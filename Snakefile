@@ -6,7 +6,7 @@ min_version("9.20")
 
 
 # Found beside this file, so that `--directory` can put results elsewhere; `--configfile X` overlays it.
-configfile: workflow.source_path("config.yaml")
+configfile: f"{workflow.basedir}/config.yaml"
 
 
 report: "workflow/report/workflow.rst"

@@ -1,4 +1,4 @@
-"""Euler-Maruyama sampling: one network call per step (ours) against one for the drift and one for the score (SiT's way).
+"""Euler-Maruyama sampling: one network call per step (ours) against one each for drift and score (SiT's way).
 
 The score is affine in the velocity, so both give the same samples up to rounding; the ratio shows what the second call
 costs. `python benchmarks/sde_calls.py [--steps 20] [--batch 16]`
@@ -7,6 +7,7 @@ costs. `python benchmarks/sde_calls.py [--steps 20] [--batch 16]`
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import time
 
@@ -20,7 +21,7 @@ from mixflow.sampling import sample, time_grid
 def two_calls(velocity, x, times, noise_at):
     """x' = x + [v + w score] dt + sqrt(2 w dt) n with w = sigma, the last step without noise; v and score apart."""
     path = Linear()
-    for step, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for step, (t, t_next) in enumerate(itertools.pairwise(times)):
         dt, w = float(t_next - t), float(path.sigma(t))
         at = t.to(x.dtype)
         drift = velocity(x, at)

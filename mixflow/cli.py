@@ -168,24 +168,27 @@ def _existing(path: Path, what: str) -> Path:
 
 
 def _cache_latents(options: argparse.Namespace) -> None:
+    settings = _slice(options, "cache_latents", options.latents)
+
     from mixflow.stages.cache_latents import cache_latents
 
-    settings = _slice(options, "cache_latents", options.latents)
     cache_latents(settings, options.out or Path(paths.latents(options.latents)))
 
 
 def _train(options: argparse.Namespace) -> None:
-    from mixflow.stages import train
-
     name = options.checkpoint
     settings = _slice(options, "train", name)
     parent = settings["train"]["init"]
     init = None
     if parent != "scratch":
         init = _existing(options.init or Path(paths.weights(parent)), f"the parent of '{name}'")
+    latents = _existing(options.latents or Path(paths.latents(settings["train"]["latents"])), "the latent cache")
+
+    from mixflow.stages import train
+
     train.run(
         settings,
-        latents=_existing(options.latents or Path(paths.latents(settings["train"]["latents"])), "the latent cache"),
+        latents=latents,
         init=init,
         out=options.out or Path(paths.weights(name)),
         scratch=options.scratch,
@@ -197,20 +200,24 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _import_weights(options: argparse.Namespace) -> None:
-    from mixflow.stages.import_weights import import_weights
-
     settings = _slice(options, "import_weights", options.checkpoint)
     file = options.file or Path(settings["weights"]["file"])
+
+    from mixflow.stages.import_weights import import_weights
+
     import_weights(settings, file=file, out=options.out or Path(paths.weights(options.checkpoint)))
 
 
 def _sample(options: argparse.Namespace) -> None:
+    checkpoint, sampler = options.checkpoint, options.sampler
+    settings = _slice(options, "sample", checkpoint, sampler)
+    weights = _existing(options.weights or Path(paths.weights(checkpoint)), "the weights file")
+
     from mixflow.stages import sample
 
-    checkpoint, sampler = options.checkpoint, options.sampler
     sample.run(
-        _slice(options, "sample", checkpoint, sampler),
-        weights=_existing(options.weights or Path(paths.weights(checkpoint)), "the weights file"),
+        settings,
+        weights=weights,
         out=options.out or Path(paths.samples(checkpoint, sampler)),
         scratch=options.scratch,
         batch=options.batch,
@@ -220,10 +227,11 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _train_extractor(options: argparse.Namespace) -> None:
-    from mixflow.stages.evaluate import train_extractor
-
     settings = _slice(options, "train_extractor", options.extractor)
     latents = options.latents or Path(paths.latents(settings["extractor"]["latents"]))
+
+    from mixflow.stages.evaluate import train_extractor
+
     train_extractor(
         settings,
         latents=_existing(latents, "the latent cache"),
@@ -232,12 +240,13 @@ def _train_extractor(options: argparse.Namespace) -> None:
 
 
 def _make_reference(options: argparse.Namespace) -> None:
-    from mixflow.stages.evaluate import make_reference
-
     name = options.reference
     settings = _slice(options, "make_reference", name)
     latents = options.latents or Path(paths.latents(settings["reference"]["latents"]))
     extractor = options.extractor or Path(paths.extractor(settings["reference"]["extractor"]))
+
+    from mixflow.stages.evaluate import make_reference
+
     make_reference(
         settings,
         latents=_existing(latents, "the latent cache"),
@@ -247,13 +256,14 @@ def _make_reference(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from mixflow.stages.evaluate import evaluate
-
     checkpoint, sampler = options.checkpoint, options.sampler
     settings = _slice(options, "evaluate", checkpoint, sampler)
     samples = options.samples or Path(paths.samples(checkpoint, sampler))
     reference = options.reference or Path(paths.reference(settings["reference_name"]))
     extractor = options.extractor or Path(paths.extractor(settings["extractor_name"]))
+
+    from mixflow.stages.evaluate import evaluate
+
     evaluate(
         settings,
         samples=_existing(samples, "the sample file"),

@@ -207,6 +207,7 @@ def draw_losses(loss_files: Mapping[str, Path], out: Path) -> None:
                 ends.append(((steps[-1], float(losses[-1])), label, colours[label]))
             axes.set_xlabel("training step")
             axes.set_ylabel("training loss")
+            axes.margins(y=0.12)  # room for the labels of curves that end at the bottom
             _label_ends(axes, ends)
         _save(figure, out)
 
