@@ -58,6 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--init", type=Path, help="weights to start from")
     verb.add_argument("--out", type=Path, help="model.safetensors to write (EMA weights)")
     verb.add_argument("--micro-batch", type=int, metavar="N", help="rows per forward pass on one device")
+    verb.add_argument(
+        "--save-every", type=float, default=20.0, metavar="SECONDS",
+        help="at least between resume points; rarer where saving is slow (default %(default)s)",
+    )  # fmt: skip
     verb.add_argument("--tensorboard", type=Path, metavar="FOLDER", help="write loss curves there")
     _long_running(verb)
 
@@ -194,6 +198,7 @@ def _train(options: argparse.Namespace) -> None:
         scratch=options.scratch,
         tensorboard=options.tensorboard,
         micro_batch=options.micro_batch,
+        save_every_seconds=options.save_every,
         time_budget_minutes=options.time_budget,
         expected_gpus=options.gpus,
     )

@@ -35,6 +35,7 @@ def run(
     scratch: Path,
     tensorboard: Path | None = None,
     micro_batch: int | None = None,
+    save_every_seconds: float = 20.0,
     time_budget_minutes: float | None = None,
     expected_gpus: int | None = None,
 ) -> None:
@@ -86,6 +87,7 @@ def run(
         work.path / "resume.pt",
         name=settings["checkpoint"],
         micro_batch=micro_batch,
+        save_every_seconds=save_every_seconds,
         log_every=min(max(recipe["num_steps"] // 100, 1), MAX_LOG_EVERY),
         stop=stop,
         on_log=on_log,

@@ -129,7 +129,7 @@ def test_touched_weights_and_latents_rerun_nothing(finished, small, snakemake):
 
 
 def test_one_cell_and_one_row_can_be_made_alone(tmp_path, small, snakemake):
-    result = snakemake(tmp_path, *small, "results/tables/digits/digits-base.json", "--dry-run")
+    result = snakemake(tmp_path, "results/tables/digits/digits-base.json", *small, "--dry-run")
     assert jobs(result) == {"cache_latents", "train", "train_extractor", "make_reference", "sample", "evaluate", "row"}
     counts = {line.split()[0]: line.split()[1] for line in result.stdout.splitlines() if len(line.split()) == 2}
     assert (counts["train"], counts["sample"]) == ("1", "2")
@@ -195,30 +195,64 @@ def test_killed_anywhere_it_continues_to_the_same_bytes(finished, small, snakema
     assert found == expected
 
 
-def test_training_and_sampling_killed_midway_continue_from_there(finished, small, tmp_path, mixflow):
-    """The commands alone: a time budget of nothing stops each after one bite; repeating them ends in the same bytes."""
+def kill_command_when(is_due, *arguments, cwd) -> None:
+    """Start `python -m mixflow ...` and SIGKILL it as soon as `is_due` holds."""
+    command = [sys.executable, "-m", "mixflow", *map(str, arguments)]
+    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not is_due():
+        assert process.poll() is None, "the command ended before it could be killed"
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+
+
+def test_training_and_sampling_killed_midway_go_on_from_there(small, tmp_path, mixflow):
+    """SIGKILL after a resume point of training (twice) and after a batch of sampling: the same bytes in the end."""
     config = ["--config", ROOT / "config.yaml", *small[1:]]
-    for name in ("latents", "checkpoints/digits-base", "extractors", "references"):
-        target = tmp_path / "results" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.symlink_to(finished / "results" / name)
-    attempts = 0
-    while (result := mixflow("sample", "digits-base", "euler5", *config, "--batch", "30", "--time-budget",
-                             "0.0000001")).returncode == 75:  # fmt: skip
-        attempts += 1
-        assert "run the same command again" in result.stderr
-        # The budget is over before the first batch: give this attempt time for one.
-        if attempts == 2:
-            break
-    result = mixflow("sample", "digits-base", "euler5", *config, "--batch", "30")
+    train = ["train", "digits-base", *config, "--save-every", "0"]
+    sample = ["sample", "digits-base", "euler5", *config, "--batch", "10"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for folder in (whole, cut):
+        folder.mkdir()
+        assert mixflow("cache-latents", "digits", *config, cwd=folder).returncode == 0
+    assert mixflow(*train, cwd=whole).returncode == 0
+    assert mixflow(*sample, cwd=whole).returncode == 0
+
+    def resume_point():
+        (path,) = list(cut.glob("scratch/train/digits-base/*/resume.pt")) or [None]
+        return path.stat().st_mtime_ns if path else 0
+
+    for _ in range(2):
+        before = resume_point()
+        kill_command_when(lambda before=before: resume_point() > before, *train, cwd=cut)
+    result = mixflow(*train, cwd=cut)
     assert result.returncode == 0, result.stderr
-    made = (tmp_path / "results/samples/digits-base/euler5/samples.npz").read_bytes()
-    whole = np.load(finished / "results/samples/digits-base/euler5/samples.npz")["arr_0"].astype(int)
-    cut = np.load(tmp_path / "results/samples/digits-base/euler5/samples.npz")["arr_0"].astype(int)
-    assert abs(whole - cut).max() <= 1  # another batch size: float rounding
-    again = mixflow("sample", "digits-base", "euler5", *config, "--batch", "30")
+    assert "continuing from step" in result.stderr
+    weights = "results/checkpoints/digits-base/model.safetensors"
+    assert (cut / weights).read_bytes() == (whole / weights).read_bytes()
+
+    def one_batch_done():
+        (path,) = list(cut.glob("scratch/sample/digits-base/euler5/*/done.npy")) or [None]
+        return path is not None and bool(np.load(path).any())
+
+    kill_command_when(one_batch_done, *sample, cwd=cut)
+    result = mixflow(*sample, cwd=cut)
+    assert result.returncode == 0, result.stderr
+    record = json.loads((cut / "results/samples/digits-base/euler5/run.json").read_text())
+    assert record["measured"]["images_this_attempt"] < 100
+    samples = "results/samples/digits-base/euler5/samples.npz"
+    assert (cut / samples).read_bytes() == (whole / samples).read_bytes()
+    again = mixflow(*sample, cwd=cut)
     assert "already made" in again.stderr
-    assert (tmp_path / "results/samples/digits-base/euler5/samples.npz").read_bytes() == made
+
+
+def test_a_time_budget_saves_and_asks_to_be_called_again(small, tmp_path, mixflow):
+    config = ["--config", ROOT / "config.yaml", *small[1:]]
+    assert mixflow("cache-latents", "digits", *config).returncode == 0
+    result = mixflow("train", "digits-base", *config, "--time-budget", "0.0001")
+    assert result.returncode == 75
+    assert "run the same command again" in result.stderr
+    assert mixflow("train", "digits-base", *config).returncode == 0
 
 
 # --- splits ----------------------------------------------------------------------------------------------------------

@@ -128,15 +128,14 @@ def row_metrics(wildcards):
 
 
 def figure_inputs(wildcards):
-    return ancient(
-        figure_files(settings.slice("figure", wildcards.table, wildcards.figure))
-    )
-
-
-def figure_triggers(wildcards):
-    """The run records beside the files a figure is drawn from (a row's own JSON is small enough to stand for itself)."""
+    """Rows are small and stand for themselves; larger files are triggered by the run records beside them."""
     files = figure_files(settings.slice("figure", wildcards.table, wildcards.figure))
-    return [file if wildcards.figure == "steps" else record_of(file) for file in files]
+    if wildcards.figure == "steps":
+        return {"drawn_from": files}
+    return {
+        "drawn_from": ancient(files),
+        "records": [record_of(file) for file in files],
+    }
 
 
 def table_parts(wildcards):

@@ -15,8 +15,7 @@ rule row:
 
 rule figure:
     input:
-        drawn_from=figure_inputs,
-        triggers=figure_triggers,
+        unpack(figure_inputs),
     output:
         report(
             paths.figure("{table}", "{figure}"),
