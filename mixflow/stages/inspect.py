@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from mixflow.data.latents import FORMAT, LatentCache
-from mixflow.models import describe_weights
 from mixflow.runtime.errors import UserError
 from mixflow.runtime.files import read_json
 from mixflow.runtime.weights_header import safetensors_header
 
 _TORCH_ENDINGS = (".pt", ".pth", ".ckpt", ".bin")
+# Networks and caches are imported where they are needed: most files are told apart in a blink, without torch.
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -31,7 +30,7 @@ def _facts(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         return _describe_safetensors(path)
     if path.suffix in _TORCH_ENDINGS:
-        return {"kind": "weights", **describe_weights(path)}
+        return _describe_weights(path)
     if path.suffix == ".npz":
         return _describe_samples(path)
     if path.suffix == ".json":
@@ -51,6 +50,12 @@ def _describe_safetensors(path: Path) -> dict[str, Any]:
     saved = json.loads(metadata.get("mixflow", "{}"))
     if "classifier" in saved:
         return {"kind": "feature network", **saved["classifier"]}
+    return _describe_weights(path)
+
+
+def _describe_weights(path: Path) -> dict[str, Any]:
+    from mixflow.models import describe_weights
+
     return {"kind": "weights", **describe_weights(path)}
 
 
@@ -82,7 +87,9 @@ def _describe_json(path: Path) -> dict[str, Any]:
     value = read_json(path)
     if not isinstance(value, dict):
         raise UserError(f"'{path}' is JSON but none of this project's results")
-    if value.get("format") == FORMAT:
+    if "latent_shape" in value:
+        from mixflow.data.latents import LatentCache
+
         cache = LatentCache(path)
         splits = {name: split["num_images"] for name, split in cache.index["splits"].items()}
         shards = sum(len(split["shards"]) for split in cache.index["splits"].values())

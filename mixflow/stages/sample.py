@@ -148,4 +148,4 @@ def sample_latents(network: nn.Module, settings: dict[str, Any], indices: Tensor
         times = time_grid(sampler["num_steps"], last_step_size=sampler["last_step_size"])
     else:
         times = time_grid(sampler["num_steps"])
-    return sample(velocity, noise, solver=solver, times=times.to(noise.device), **options)
+    return sample(velocity, noise, solver=solver, times=times, **options)

@@ -24,7 +24,7 @@ from mixflow.runtime.files import atomic_path
 from mixflow.runtime.progress import Progress, log
 from mixflow.runtime.stopping import StopRequest, Unfinished
 
-# Per-sample losses [b] of the micro-batch whose rows stand at `positions` [b] of the global batch of step `step`.
+# (network, step, positions int64 [b] on the CPU) -> losses [b] of the samples at these positions of the global batch.
 LossFunction = Callable[[nn.Module, int, Tensor], Tensor]
 
 CONTINUE, SAVE, STOP = 0, 1, 2
@@ -155,13 +155,12 @@ def train(
 
 
 def _share_of_batch(batch_size: int, accelerator: Accelerator, micro_batch: int | None) -> list[Tensor]:
-    """Return this process's positions in the global batch, cut into micro-batches: int64 [b] each, on the device."""
+    """Return this process's positions in the global batch, cut into micro-batches: int64 [b] each, on the CPU."""
     if batch_size < accelerator.num_processes:
         raise UserError(
             f"batch_size {batch_size} cannot be split over {accelerator.num_processes} processes: use fewer processes"
         )
-    everything = torch.arange(batch_size, device=accelerator.device)
-    share = everything.tensor_split(accelerator.num_processes)[accelerator.process_index]
+    share = torch.arange(batch_size).tensor_split(accelerator.num_processes)[accelerator.process_index]
     return list(share.split(micro_batch or len(share)))
 
 
