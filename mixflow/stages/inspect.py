@@ -48,8 +48,8 @@ def _describe_safetensors(path: Path) -> dict[str, Any]:
         splits = {name.split(".")[0]: header[name]["shape"][0] for name in sorted(names) if name.endswith(".images")}
         return {"kind": "reference", "features": header["train.mu"]["shape"][0], "images": splits}
     saved = json.loads(metadata.get("mixflow", "{}"))
-    if "classifier" in saved:
-        return {"kind": "feature network", **saved["classifier"]}
+    if saved.get("kind") == "classifier":
+        return {**saved, "kind": "feature network"}
     return _describe_weights(path)
 
 
@@ -106,7 +106,7 @@ def _describe_json(path: Path) -> dict[str, Any]:
         return {"kind": "run record", **{name: value[name] for name in kept}}
     if "metrics" in value and "protocol" in value:
         return {"kind": "metrics", **value["metrics"], "images sampled": value["num_images"]}
-    if "columns" in value or "values" in value or "cells" in value:
+    if "cells" in value:
         return {"kind": "table row", **value}
     if set(value) == {"step", "loss"}:
         last = value["loss"][-1] if value["loss"] else None

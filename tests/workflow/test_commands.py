@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from mixflow.evaluation import Classifier, save_classifier
 from mixflow.models import build_model, save_model
 from mixflow.runtime.files import write_json
 from mixflow.stages.inspect import describe
@@ -29,12 +30,15 @@ def test_doctor_finds_this_machine_fit(tmp_path, mixflow):
 def test_inspect_says_what_each_file_is(tmp_path, mixflow):
     net = build_model("sit", **OPTIONS)
     save_model(tmp_path / "model.safetensors", net.state_dict(), net.options)
+    save_classifier(tmp_path / "classifier.safetensors", Classifier(1, 10, width=8, num_features=16))
     np.savez(tmp_path / "samples.npz", arr_0=np.zeros((3, 8, 8, 3), np.uint8), arr_1=np.arange(3))
     assert mixflow("cache-latents", "digits", "--config", ROOT / "config.yaml").returncode == 0
     write_json(tmp_path / "losses.json", {"step": [10, 20], "loss": [0.5, 0.25]})
     weights = describe(tmp_path / "model.safetensors")
     assert {key: weights[key] for key in OPTIONS} == OPTIONS
     assert weights["parameters"] == sum(parameter.numel() for parameter in net.parameters())
+    assert describe(tmp_path / "classifier.safetensors")["kind"] == "feature network"
+    assert describe(tmp_path / "classifier.safetensors")["num_features"] == 16
     samples = describe(tmp_path / "samples.npz")
     assert (samples["images"], samples["shape"], samples["labels"]) == (3, [8, 8, 3], True)
     cache = describe(tmp_path / "results/latents/digits")

@@ -1,0 +1,130 @@
+"""Checks across entries: that names lead somewhere, and that what meets fits together."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from mixflow.config.entries import Pair, Table
+from mixflow.config.samplers import EulerMaruyama
+from mixflow.config.values import NAME_PATTERN, SCRATCH
+from mixflow.runtime.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from mixflow.config.resolved import Config
+
+
+def _references(config: Config) -> Iterator[tuple[str, str, str]]:
+    """Yield (where, name, section) for every mention of an entry by its name."""
+    for name, dataset in config.datasets.items():
+        yield f"datasets.{name}.reference", dataset.reference, "references"
+    for name, latents in config.latents.items():
+        yield f"latents.{name}.dataset", latents.dataset, "datasets"
+        yield f"latents.{name}.autoencoder", latents.autoencoder, "autoencoders"
+    for name, checkpoint in config.checkpoints.items():
+        part = "train" if checkpoint.train else "weights"
+        yield f"checkpoints.{name}.{part}.latents", checkpoint.origin.latents, "latents"
+        if checkpoint.train and checkpoint.train.init != SCRATCH:
+            yield f"checkpoints.{name}.train.init", checkpoint.train.init, "checkpoints"
+    for name, extractor in config.extractors.items():
+        yield f"extractors.{name}.latents", extractor.latents, "latents"
+    for name, reference in config.references.items():
+        yield f"references.{name}.latents", reference.latents, "latents"
+        yield f"references.{name}.extractor", reference.extractor, "extractors"
+    for name, table in config.tables.items():
+        for index, column in enumerate(table.columns):
+            if column.sampler is not None:
+                yield f"tables.{name}.columns.{index}.sampler", column.sampler, "samplers"
+        for row in table.rows:
+            if row.checkpoint is not None:
+                yield f"tables.{name}.rows.{row.key}.checkpoint", row.checkpoint, "checkpoints"
+
+
+def check_references(config: Config) -> None:
+    """Check that every name is that of an entry, and that no checkpoint starts from itself."""
+    for where, name, section in _references(config):
+        entries = getattr(config, section)
+        if name not in entries:
+            known = [*entries, SCRATCH] if where.endswith(".init") else entries
+            raise UserError(f"{where}: '{name}' is not one of the {section}{did_you_mean(name, known)}")
+    for name in config.checkpoints:
+        chain = [name]
+        while (parent := config.parent(chain[-1])) is not None:
+            circle = " -> ".join((*chain, parent))
+            if parent in chain:
+                raise UserError(f"checkpoints.{name}.train.init: {circle} never ends: start one from scratch")
+            chain.append(parent)
+
+
+def check_networks(config: Config) -> None:
+    """Check that networks fit their latents, and the checkpoints that they start from."""
+    for name, checkpoint in config.checkpoints.items():
+        options, latents, parent = config.network_options(name), checkpoint.origin.latents, config.parent(name)
+        if options["input_size"] % options["patch_size"]:
+            raise UserError(
+                f"checkpoints.{name}: patch_size {options['patch_size']} does not divide the latents of '{latents}', "
+                f"which are {options['input_size']} wide: take one that does"
+            )
+        if parent is not None and config.network_options(parent) != options:
+            raise UserError(
+                f"checkpoints.{name}.train.latents: '{latents}' has other channels, sizes or classes than those of "
+                f"'{parent}', which it starts from: name latents of the same shape"
+            )
+
+
+def check_pair(config: Config, pair: Pair) -> None:
+    """Check that a checkpoint can be sampled this way."""
+    origin, sampler = config.get("checkpoints", pair.checkpoint).origin, config.get("samplers", pair.sampler)
+    guidance, (channels, _) = sampler.guidance, config.latent_shape(origin.latents)
+    where = f"samplers.{pair.sampler}.guidance"
+    if guidance.scale != 1 and origin.model.label_dropout == 0:
+        raise UserError(
+            f"{where}.scale: {guidance.scale:g} cannot be used with '{pair.checkpoint}', whose label_dropout 0 leaves "
+            "it without a null class: take a sampler with scale 1.0"
+        )
+    if guidance.channels != "all" and guidance.channels > channels:
+        raise UserError(
+            f"{where}.channels: {guidance.channels} is more than the {channels} of the latents of "
+            f"'{pair.checkpoint}': write a smaller number, or all"
+        )
+    if isinstance(sampler, EulerMaruyama) and origin.interpolant is None:
+        raise UserError(
+            f"checkpoints.{pair.checkpoint}.weights.interpolant: missing, but the SDE sampler '{pair.sampler}' needs "
+            "it: add linear or gvp"
+        )
+
+
+def check_tables(config: Config) -> None:
+    """Check that rows have names of their own, a number for each column, and metrics that can be had."""
+    for name, table in config.tables.items():
+        where, width = f"tables.{name}", len(table.columns)
+        for key, count in Counter(row.key for row in table.rows).items():
+            if count > 1:
+                raise UserError(f"{where}.rows: '{key}' stands there {count} times: give one of them another name")
+            if not re.match(NAME_PATTERN, key):
+                raise UserError(f"{where}.rows: the name '{key}' cannot be used in paths: write it as entries are")
+        for row in table.rows:
+            if row.paper is not None and len(row.paper) != width:
+                raise UserError(
+                    f"{where}.rows.{row.key}.paper: {len(row.paper)} numbers for {width} columns: write one for each, "
+                    "null where the paper has none"
+                )
+            if row.checkpoint is not None:
+                _check_columns(config, where, table, row.checkpoint)
+
+
+def _check_columns(config: Config, where: str, table: Table, checkpoint: str) -> None:
+    extractor = config.extractor_of(checkpoint)
+    metrics = config.extractors[extractor].metrics
+    for index, column in enumerate(table.columns):
+        at = f"{where}.columns.{index}"
+        if column.sampler is None:
+            raise UserError(f"{at}.sampler: missing, but the row of '{checkpoint}' is to be measured: add it")
+        if column.metric not in metrics:
+            raise UserError(
+                f"{at}.metric: '{column.metric}' cannot be had from the extractor '{extractor}', with which "
+                f"'{checkpoint}' is compared{did_you_mean(column.metric, metrics)}"
+            )
+        check_pair(config, Pair(checkpoint, column.sampler))

@@ -1,0 +1,103 @@
+"""The resolved config: every entry spelled out, and the lookups between them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mixflow.config.entries import Autoencoder, Checkpoint, Dataset, Extractor, Latents, Pair, Reference, Row, Table
+from mixflow.config.samplers import Sampler
+from mixflow.config.slices import SLICES
+from mixflow.config.values import SCRATCH, Entry, Name
+from mixflow.runtime.errors import UserError, did_you_mean
+
+
+class Config(Entry):
+    """A resolved config. Lookups raise `UserError` for names that are not there."""
+
+    image: str
+    datasets: dict[Name, Dataset]
+    autoencoders: dict[Name, Autoencoder]
+    latents: dict[Name, Latents]
+    checkpoints: dict[Name, Checkpoint]
+    samplers: dict[Name, Sampler]
+    extractors: dict[Name, Extractor]
+    references: dict[Name, Reference]
+    tables: dict[Name, Table]
+
+    def get(self, section: str, name: str) -> Any:
+        """Return an entry; an unknown name is a `UserError`."""
+        entries = getattr(self, section)
+        if name not in entries:
+            raise UserError(f"'{name}' is not one of the {section} in the config{did_you_mean(name, entries)}")
+        return entries[name]
+
+    def row(self, table: str, name: str) -> Row:
+        """Return a row of a table by its name."""
+        rows = {row.key: row for row in self.get("tables", table).rows}
+        if name not in rows:
+            raise UserError(f"'{name}' is not a row of table '{table}'{did_you_mean(name, rows)}")
+        return rows[name]
+
+    def parent(self, checkpoint: str) -> str | None:
+        """Return the checkpoint that this one starts from, None for one trained from scratch or taken from a file."""
+        train = self.get("checkpoints", checkpoint).train
+        return None if train is None or train.init == SCRATCH else train.init
+
+    def latents_of(self, checkpoint: str) -> str:
+        """Return the latents that a checkpoint models."""
+        return self.get("checkpoints", checkpoint).origin.latents
+
+    def dataset_of(self, latents: str) -> Dataset:
+        """Return the dataset behind latents."""
+        return self.get("datasets", self.get("latents", latents).dataset)
+
+    def reference_of(self, checkpoint: str) -> str:
+        """Return the reference that a checkpoint's samples are compared with."""
+        return self.dataset_of(self.latents_of(checkpoint)).reference
+
+    def extractor_of(self, checkpoint: str) -> str:
+        """Return the extractor that a checkpoint's samples are seen by."""
+        return self.get("references", self.reference_of(checkpoint)).extractor
+
+    def cells(self, table: str, row: str | None = None) -> list[Pair]:
+        """Return the sample sets that a table, or one row of it, needs: each once, in order."""
+        entry = self.get("tables", table)
+        rows = entry.rows if row is None else (self.row(table, row),)
+        pairs = [Pair(row.checkpoint, column.sampler) for row in rows if row.checkpoint for column in entry.columns]
+        return list(dict.fromkeys(pairs))
+
+    def paper_tables(self) -> list[str]:
+        """Return the names of the paper's own tables."""
+        return [name for name, table in self.tables.items() if table.paper]
+
+    def trained_checkpoints(self) -> list[str]:
+        """Return the names of the checkpoints that are trained here."""
+        return [name for name, checkpoint in self.checkpoints.items() if checkpoint.train]
+
+    def imported_checkpoints(self) -> list[str]:
+        """Return the names of the checkpoints that are taken from files."""
+        return [name for name, checkpoint in self.checkpoints.items() if checkpoint.weights]
+
+    def network_options(self, checkpoint: str) -> dict[str, Any]:
+        """Return all options of a checkpoint's network, with those that its latents and dataset decide."""
+        origin = self.get("checkpoints", checkpoint).origin
+        channels, size = self.latent_shape(origin.latents)
+        num_classes = self.dataset_of(origin.latents).num_classes
+        return {**origin.model.dump(), "input_size": size, "in_channels": channels, "num_classes": num_classes}
+
+    def latent_shape(self, latents: str) -> tuple[int, int]:
+        """Return (channels, size) of square latents."""
+        return self.autoencoder_of(latents).latent_shape(self.dataset_of(latents))
+
+    def autoencoder_of(self, latents: str) -> Autoencoder:
+        """Return the autoencoder behind latents."""
+        return self.get("autoencoders", self.get("latents", latents).autoencoder)
+
+    def slice(self, stage: str, *names: str) -> dict[str, Any]:
+        """Return the settings of one job as plain JSON-able values, resolved, with nothing that is not its business.
+
+        Stages and names: cache_latents LATENTS, train CHECKPOINT, import_weights CHECKPOINT, sample and evaluate
+        CHECKPOINT SAMPLER, train_extractor EXTRACTOR, make_reference REFERENCE, row TABLE ROW, figure TABLE FIGURE,
+        render TABLE.
+        """
+        return SLICES[stage](self, *names)

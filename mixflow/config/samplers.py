@@ -1,0 +1,142 @@
+"""Sampler entries: a solver, its steps and guidance, and the times at which it asks the network."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from mixflow.config.values import (
+    LIST,
+    TEXT,
+    BelowOne,
+    Count,
+    Entry,
+    Fraction,
+    NonNegative,
+    Positive,
+    Precision,
+    Seed,
+    from_text,
+)
+from mixflow.runtime.errors import UserError
+
+
+def _number_of_channels(value: Any) -> Any:
+    value = from_text(value)
+    if value != "all" and (type(value) is not int or value < 1):
+        raise UserError(f"{value!r} is not a number of channels: write a whole number above 0, or all")
+    return value
+
+
+class Guidance(Entry):
+    """Classifier-free guidance: null + scale (class - null) on the first `channels`, for t in `interval`."""
+
+    scale: NonNegative
+    channels: Annotated[int | Literal["all"], BeforeValidator(_number_of_channels)]
+    interval: Annotated[tuple[Fraction, Fraction], LIST]
+
+    @field_validator("interval")
+    @classmethod
+    def _ascending(cls, interval: tuple[float, float]) -> tuple[float, float]:
+        if interval[0] > interval[1]:
+            raise UserError(f"{list(interval)} is in the wrong order: write [{interval[1]}, {interval[0]}]")
+        return interval
+
+    def acts_at(self, t: float) -> bool:
+        edge = 1e-6  # a rounded time still lies on the edge that it was meant to, as in mixflow.sampling
+        return self.scale != 1 and self.interval[0] - edge <= t <= self.interval[1] + edge
+
+    @property
+    def description(self) -> str:
+        if self.scale == 1:
+            return ""
+        channels = "" if self.channels == "all" else f" on {self.channels} channels"
+        interval = "" if self.interval == (0, 1) else f" for t in [{self.interval[0]:g}, {self.interval[1]:g}]"
+        return f", guidance {self.scale:g}{channels}{interval}"
+
+
+class AnySampler(Entry):
+    """What all samplers share."""
+
+    guidance: Guidance
+    labels: Literal["balanced", "random"]
+    num_images: Annotated[int, Field(ge=2), TEXT]
+    precision: Precision
+    seed: Seed
+
+    @property
+    def protocol(self) -> str:
+        """What a header has no room for, though the numbers depend on it."""
+        return f"{self.num_images:,} images, {self.labels} labels, {self.precision}, seed {self.seed}"
+
+
+class FixedStep(AnySampler):
+    """An ODE solver with `num_steps` equal steps."""
+
+    solver: Literal["euler", "heun", "midpoint", "rk4"]
+    num_steps: Count
+
+    @property
+    def description(self) -> str:
+        title = {"euler": "Euler", "heun": "Heun", "midpoint": "midpoint", "rk4": "RK4"}[self.solver]
+        return f"{title} {self.num_steps}{self.guidance.description}"
+
+    @property
+    def call_times(self) -> list[float] | None:
+        """Paper time of each velocity evaluation."""
+        stages = {"euler": (0.0,), "heun": (0.0, 1.0), "midpoint": (0.0, 0.5), "rk4": (0.0, 1 / 3, 2 / 3, 1.0)}
+        return [(step + stage) / self.num_steps for step in range(self.num_steps) for stage in stages[self.solver]]
+
+
+class Dopri5(AnySampler):
+    """The adaptive Dormand-Prince ODE solver."""
+
+    solver: Literal["dopri5"]
+    atol: Positive
+    rtol: Positive
+
+    @property
+    def description(self) -> str:
+        return f"dopri5 ({self.atol:g}, {self.rtol:g}){self.guidance.description}"
+
+    @property
+    def call_times(self) -> None:
+        return None  # it chooses its steps while it runs
+
+
+class Diffusion(Entry):
+    """The diffusion coefficient w(t) of the SDE, and its factor."""
+
+    form: Literal["sigma", "linear", "decreasing", "constant", "sin2"]
+    norm: Positive
+
+
+class EulerMaruyama(AnySampler):
+    """The SDE solver: `num_steps` steps, of which the last has its own size (0: that of the others) and rule."""
+
+    solver: Literal["euler_maruyama"]
+    num_steps: Annotated[int, Field(ge=2), TEXT]
+    diffusion: Diffusion
+    last_step: Literal["mean", "euler", "tweedie", "none"]
+    last_step_size: BelowOne
+
+    @model_validator(mode="after")
+    def _no_last_step_has_no_size(self) -> EulerMaruyama:
+        if self.last_step == "none" and self.last_step_size != 0:
+            raise UserError(f"last_step_size: {self.last_step_size} contradicts last_step: none: write 0.0")
+        return self
+
+    @property
+    def description(self) -> str:
+        return f"SDE {self.num_steps}{self.guidance.description}"
+
+    @property
+    def call_times(self) -> list[float] | None:
+        """Paper time of each velocity evaluation."""
+        if self.last_step_size == 0:
+            return [step / self.num_steps for step in range(self.num_steps)]
+        return [(1 - self.last_step_size) * step / (self.num_steps - 1) for step in range(self.num_steps)]
+
+
+Sampler = Annotated[FixedStep | Dopri5 | EulerMaruyama, Field(discriminator="solver")]
