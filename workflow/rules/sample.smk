@@ -16,5 +16,4 @@ rule sample:
         launch=launcher,
     shell:
         "{params.launch} sample {wildcards.checkpoint:q} {wildcards.sampler:q} --settings {params.settings:q}"
-        " --weights {input.weights:q} --out {output.samples:q}"
-        " --time-budget {resources.runtime} --log {log:q}"
+        " --weights {input.weights:q} --out {output.samples:q} --log {log:q}"

@@ -27,7 +27,7 @@ rule train:
         "{params.launch} train {wildcards.checkpoint:q} --settings {params.settings:q}"
         " --latents {input.latents:q} {params.init} --out {output.weights:q}"
         " --tensorboard logs/tensorboard/{wildcards.checkpoint:q}"
-        " --time-budget {resources.runtime} --log {log:q}"
+        " --log {log:q}"
 
 
 rule import_weights:
