@@ -73,7 +73,7 @@ def run(
     ema, history = train(
         accelerator,
         network,
-        make_loss(recipe, cache.split("train"), load_autoencoder(settings["autoencoder"]), network, accelerator.device),
+        make_loss(recipe, cache.split("train"), load_autoencoder(settings["autoencoder"]), accelerator.device),
         Recipe(
             num_steps=recipe["num_steps"],
             batch_size=recipe["batch_size"],
@@ -109,7 +109,6 @@ def make_loss(
     recipe: dict[str, Any],
     images: LatentSplit,
     autoencoder: Autoencoder,
-    network: nn.Module,
     device: torch.device,
 ) -> Callable[[nn.Module, int, Tensor], Tensor]:
     """Return the loss of a step: every draw depends on (seed, step, position in the global batch) alone."""
@@ -130,7 +129,9 @@ def make_loss(
         noise = normal(seed, Stream.NOISE, step, positions, shape)
         uniforms = uniform(seed, Stream.TIME, step, positions, 3).T  # [3,b]
         t, m = time_pair(uniforms, recipe["law"], gamma=recipe["gamma"], shift=recipe["shift"])
-        drop = uniform(seed, Stream.LABEL_DROPOUT, step, positions)[:, 0] < label_dropout
+        drop = None  # without dropout the network has no null class
+        if label_dropout > 0:
+            drop = uniform(seed, Stream.LABEL_DROPOUT, step, positions)[:, 0] < label_dropout
         return flow_matching_loss(lambda x, t: wrapped(x, t, labels, drop=drop), noise, data, t, m, interpolant)
 
     return loss

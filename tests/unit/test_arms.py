@@ -23,14 +23,15 @@ def images(tmp_path_factory):
     return LatentCache(path).split("train")
 
 
-def arm(images, law, gamma):
-    """Return (network, loss function) of a small arm under a law."""
+def arm(images, law, gamma, **changes):
+    """Return (network, loss function) of a small arm under a law; `changes` go to its model."""
     settings = load_config(ROOT / "config.yaml", ROOT / "rehearsal.yaml").slice("train", "digits-continued")["train"]
     recipe = {**settings, "law": law, "gamma": gamma}
+    recipe["model"] = {**recipe["model"], **changes}
     options = {key: value for key, value in recipe["model"].items() if key != "family"}
     torch.manual_seed(0)
     net = build_model("sit", **options)
-    return net, stage.make_loss(recipe, images, load_autoencoder({"kind": "pixels"}), net, DEVICE)
+    return net, stage.make_loss(recipe, images, load_autoencoder({"kind": "pixels"}), DEVICE)
 
 
 def draws(images, monkeypatch, law, gamma, step):
@@ -81,3 +82,10 @@ def test_mixflow_without_slowing_trains_bit_for_bit_as_its_plain_law(images, tmp
         results[name], _ = train(Accelerator(cpu=True), net, loss, steps, tmp_path / name)
     assert all(torch.equal(results["zero"][key], results["beta"][key]) for key in results["beta"])
     assert not all(torch.equal(results["slowed"][key], results["beta"][key]) for key in results["beta"])
+
+
+def test_a_model_without_label_dropout_trains(images, tmp_path):
+    net, loss = arm(images, "mixflow", 0.8, label_dropout=0.0)
+    steps = Recipe(2, 4, 1e-3, (0.9, 0.999), 0.0, 0, None, 0.9)
+    _, history = train(Accelerator(cpu=True), net, loss, steps, tmp_path / "resume.pt", log_every=1)
+    assert len(history["loss"]) == 2
