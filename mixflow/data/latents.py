@@ -27,7 +27,7 @@ FORMAT = "mixflow-latents-1"
 
 
 def write_shard(path: Path, stored: Tensor, labels: Tensor, indices: Tensor) -> dict[str, Any]:
-    """Write one shard, unless a whole one of these very bytes' settings is there already; return its index entry."""
+    """Write one shard unless it is there (its name holds a hash of the settings, and it is whole); return its entry."""
     if not path.exists():
         with atomic_path(path) as temporary:
             save_file({"stored": stored.contiguous(), "labels": labels, "indices": indices}, temporary)

@@ -115,13 +115,13 @@ def make_loss(
     seed, batch_size = recipe["seed"], recipe["batch_size"]
     interpolant = INTERPOLANTS[recipe["interpolant"]]
     label_dropout = recipe["model"]["label_dropout"]
+    shape = network_input_shape(recipe["model"])
     order = DataOrder(len(images), seed)
 
     def loss(wrapped: nn.Module, step: int, positions: Tensor) -> Tensor:
         stored, labels = images.gather(order[step * batch_size + positions.numpy()])
         positions = positions.to(device, non_blocking=True)
         stored, labels = _to_device(stored, device), _to_device(labels, device)
-        shape = tuple(network_input_shape(recipe["model"]))
         data = autoencoder.latents(stored, None)  # [b,C,h,w]
         if recipe["horizontal_flip"]:
             flip = uniform(seed, Stream.FLIP, step, positions)[:, :, None, None] < 0.5
