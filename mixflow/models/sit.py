@@ -95,11 +95,15 @@ class SiT(nn.Module):
         y: Tensor,  # [B] int64 class ids; null_label stands for no label
         drop: Tensor | None = None,  # [B] bool, labels to replace by null_label; None: random in train mode
     ) -> Tensor:  # [B,C,H,W] velocity x1 - x0
-        tokens = self.x_embedder(x) + self.pos_embed  # [B,N,D]
-        c = self.t_embedder(t) + self.y_embedder(self.drop_labels(y, drop))  # [B,D]
+        tokens, c = self.embed(x, t, y, drop)
         for block in self.blocks:
             tokens = block(tokens, c)
         return self.unpatchify(self.final_layer(tokens, c))
+
+    def embed(self, x: Tensor, t: Tensor, y: Tensor, drop: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return what the first block takes: tokens [B,N,D] and conditioning c [B,D]. `t` is as the network is fed."""
+        tokens = self.x_embedder(x) + self.pos_embed
+        return tokens, self.t_embedder(t) + self.y_embedder(self.drop_labels(y, drop))
 
     def drop_labels(self, y: Tensor, drop: Tensor | None) -> Tensor:
         """Return the labels [B] with those under the mask replaced by the null class (classifier-free guidance)."""

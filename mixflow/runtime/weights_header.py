@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +17,33 @@ METADATA_KEY = "mixflow"
 # A fragment of a key name that only this architecture has, and what to call it; the first match counts.
 _ARCHITECTURES = (
     ("decoder_blocks.", "a REPA network under its legacy key names"),
-    ("projectors.", "a SiT with REPA projectors"),
+    ("projectors.", "a REPA network"),
     ("s_embedder.", "an RAE network (DiT with a wide head)"),
     ("transformer_blocks.", "a diffusers transformer such as SD3"),
     ("encoder.down_blocks.", "a diffusers autoencoder"),
     ("decoder.up_blocks.", "a diffusers autoencoder"),
     ("down_blocks.", "a diffusers U-Net"),
+    ("cls_token", "a vision transformer"),
     ("mlp.w12.", "a DiT with SwiGLU, as LightningDiT's"),
     ("attn.q_norm.", "a SiT with qk-norm"),
-    ("cls_token", "a vision transformer"),
     ("adaLN_modulation.", "a SiT network"),
 )
-_SIT_KEYS = (
+_FAMILIES = {
+    "a SiT network": "sit",
+    "a SiT with qk-norm": "repa",
+    "a REPA network": "repa",
+    "a REPA network under its legacy key names": "repa",
+}
+_BACKBONE_KEYS = (
     "pos_embed",
     "x_embedder.proj.weight",
     "y_embedder.embedding_table.weight",
     "final_layer.linear.weight",
     "blocks.0.attn.qkv.weight",
 )
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
+_LEGACY_BLOCK = re.compile(r"decoder_blocks\.(\d+)\.")
+_PROJECTOR_OUTPUT = re.compile(r"projectors\.(\d+)\.4\.weight")
 
 
 def safetensors_header(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -87,22 +97,92 @@ def guess_architecture(keys: Iterable[str]) -> str:
     return "no network that mixflow knows"
 
 
-def sit_options_from_shapes(
-    shapes: Mapping[str, tuple[int, ...]],  # weight name -> shape
+def guess_family(keys: Iterable[str]) -> str | None:
+    """Return the family that can load weights of these names, None if none can.
+
+    A REPA network without projectors has the names of a SiT and is taken for one, though its time runs the other way.
+    """
+    return _FAMILIES.get(guess_architecture(keys))
+
+
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """Return stored weight name -> the peer's name of today.
+
+    Drops the prefixes of torch.compile (of the network or of a block) and of DistributedDataParallel. REPA's legacy
+    files count the blocks behind the aligned one from 0 again: `decoder_blocks.i` is `blocks.(i + encoder_depth)`.
+    """
+    plain = {name: _without_prefixes(name) for name in names}
+    encoder_depth = legacy_encoder_depth(plain.values())
+    if encoder_depth is not None:
+        plain = {
+            name: _LEGACY_BLOCK.sub(lambda m: f"blocks.{int(m[1]) + encoder_depth}.", plain[name]) for name in plain
+        }
+    return plain
+
+
+def legacy_encoder_depth(names: Iterable[str]) -> int | None:
+    """Return the encoder_depth that REPA's legacy key names tell, None for names of today."""
+    names = [_without_prefixes(name) for name in names]
+    return _num_blocks(names) if any(_LEGACY_BLOCK.match(name) for name in names) else None
+
+
+def options_from_shapes(
+    family: str,  # "sit" | "repa"
+    shapes: Mapping[str, tuple[int, ...]],  # weight name, as stored or plain -> shape
     *,
     source: str = "the weights",  # what to call them in messages
     null_row: bool = True,  # whether the label table ends with a null class; shapes cannot tell
 ) -> dict[str, Any]:
-    """Return the SiT options that shapes tell: all but num_heads and label_dropout. Raises `UserError`."""
-    missing = [name for name in _SIT_KEYS if name not in shapes]
+    """Return the options of a family's network that shapes tell. Raises `UserError` for another family's weights.
+
+    Never num_heads and label_dropout; for repa, encoder_depth only from legacy names, and z_dims and projector_dim only
+    where the file has projectors.
+    """
+    if family != "repa" == guess_family(shapes):
+        raise UserError(f"{source} seems to hold {guess_architecture(shapes)}: use the family 'repa'")
+    told = {} if (depth := legacy_encoder_depth(shapes)) is None else {"encoder_depth": depth}
+    names = plain_names(shapes)
+    return _READERS[family]({names[name]: shape for name, shape in shapes.items()}, source, null_row) | told
+
+
+def _sit_options(shapes: Mapping[str, tuple[int, ...]], source: str, null_row: bool) -> dict[str, Any]:
+    return _backbone_options("SiT", shapes, source, null_row)
+
+
+def _repa_options(shapes: Mapping[str, tuple[int, ...]], source: str, null_row: bool) -> dict[str, Any]:
+    sizes = _backbone_options("REPA", shapes, source, null_row)
+    if sizes.pop("learn_sigma"):
+        raise UserError(
+            f"{source} cannot be loaded as REPA, for its head has {2 * sizes['in_channels']} channels, as SiT's: "
+            "use the family 'sit'"
+        )
+    sizes["qk_norm"] = "blocks.0.attn.q_norm.weight" in shapes
+    outputs = {
+        int(match[1]): shape
+        for name, shape in shapes.items()
+        if (match := _PROJECTOR_OUTPUT.fullmatch(name)) and len(shape) == 2
+    }
+    if outputs:
+        sizes["z_dims"] = [outputs[number][0] for number in sorted(outputs)]
+        sizes["projector_dim"] = outputs[min(outputs)][1]
+    return sizes
+
+
+_READERS: dict[str, Callable[[Mapping[str, tuple[int, ...]], str, bool], dict[str, Any]]] = {
+    "sit": _sit_options,
+    "repa": _repa_options,
+}
+
+
+def _backbone_options(
+    network: str, shapes: Mapping[str, tuple[int, ...]], source: str, null_row: bool
+) -> dict[str, Any]:
+    missing = [name for name in _BACKBONE_KEYS if name not in shapes]
     if missing:
         raise UserError(
-            f"{source} cannot be loaded as SiT, for '{missing[0]}' is missing and it seems to hold "
+            f"{source} cannot be loaded as {network}, for '{missing[0]}' is missing and it seems to hold "
             f"{guess_architecture(shapes)}: correct the path or the family"
         )
-    blocks = [
-        int(name.split(".")[1]) for name in shapes if name.startswith("blocks.") and name.split(".")[1].isdecimal()
-    ]
     try:
         _, tokens, hidden_size = shapes["pos_embed"]
         _, in_channels, patch_size, _ = shapes["x_embedder.proj.weight"]
@@ -114,17 +194,25 @@ def sit_options_from_shapes(
     except ValueError:  # another number of dimensions
         fits = False
     if not fits:
-        sizes = ", ".join(f"'{name}' {list(shapes[name])}" for name in _SIT_KEYS[:4])
+        sizes = ", ".join(f"'{name}' {list(shapes[name])}" for name in _BACKBONE_KEYS[:4])
         raise UserError(
-            f"{source} cannot be loaded as SiT, for its shapes ({sizes}) belong to no SiT on square latents: "
-            "correct the path or the family"
+            f"{source} cannot be loaded as {network}, for its shapes ({sizes}) belong to no {network} on square "
+            "latents: correct the path or the family"
         )
     return dict(
         input_size=grid * patch_size,
         in_channels=in_channels,
         patch_size=patch_size,
         hidden_size=hidden_size,
-        depth=1 + max(blocks, default=-1),
+        depth=_num_blocks(shapes),
         num_classes=label_rows - null_row,
         learn_sigma=head_rows != rows_per_channel,
     )
+
+
+def _without_prefixes(name: str) -> str:
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
+def _num_blocks(names: Iterable[str]) -> int:
+    return 1 + max((int(match[1]) for name in names if (match := _BLOCK.match(name))), default=-1)

