@@ -5,9 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mixflow.autoencoders.quantise import quantise
+
 
 class Pixels:
     """Stores uint8 pixels as they are, so that the cache loses nothing."""
+
+    mirrors = False
+    is_random = False
 
     def encode(self, images: Tensor) -> Tensor:
         """Images uint8 [B,H,W,C] -> stored uint8 [B,C,H,W]."""
@@ -17,7 +22,6 @@ class Pixels:
         """Stored uint8 [B,C,H,W] -> latents float32 [B,C,H,W] in [-1,1]; there is nothing random about pixels."""
         return stored.to(torch.float32) / 127.5 - 1.0
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B,C,H,W] -> images uint8 [B,H,W,3], grey repeated; clamped, rounded to the nearest level."""
-        pixels = (latents.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-        return pixels.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous()
+    def decode(self, latents: Tensor, to_uint8: str = "round") -> Tensor:
+        """Latents [B,C,H,W] -> images uint8 [B,H,W,3], grey repeated; `to_uint8` as in `quantise`."""
+        return quantise(latents, to_uint8)

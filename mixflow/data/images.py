@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -10,13 +13,93 @@ from PIL import Image
 from mixflow.runtime.seeds import Stream, permutation
 
 
+class Images(Protocol):
+    """One split of a dataset: everything about its images but the pixels, which are read one image at a time."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Class of every image, int64 [N]."""
+        ...
+
+    @property
+    def indices(self) -> np.ndarray:
+        """Position of every image in the whole dataset, int64 [N]."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of every image."""
+        ...
+
+    def read(self, position: int, out: np.ndarray) -> None:
+        """Write the image at `position` into `out`, uint8 [H,W,C]; raises an exception where it cannot be read."""
+        ...
+
+    def name(self, position: int) -> str:
+        """Return what to call an image in messages."""
+        ...
+
+    def fingerprint(self, start: int, stop: int) -> str | None:
+        """Return a hash of which images stand at these positions, None where the settings alone decide that."""
+        ...
+
+
 @dataclass(frozen=True)
 class ImageSet:
-    """Images of one split."""
+    """Images of one split, all in memory."""
 
     images: np.ndarray  # uint8 [N,H,W,C]
     labels: np.ndarray  # int64 [N]
     indices: np.ndarray  # int64 [N], position in the whole dataset
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.images.shape[1:]
+
+    def read(self, position: int, out: np.ndarray) -> None:
+        out[:] = self.images[position]
+
+    def name(self, position: int) -> str:
+        return f"image {self.indices[position]}"
+
+    def fingerprint(self, start: int, stop: int) -> None:
+        return None
+
+
+def read_ahead(
+    batches: Sequence[tuple[Images, range]],
+    buffers: tuple[np.ndarray, np.ndarray],  # uint8 [B,H,W,C] each
+    num_threads: int,
+) -> Generator[tuple[np.ndarray, dict[str, str]]]:
+    """Yield (pixels uint8 [b,H,W,C], {unreadable image: reason}) of each batch of positions, in order.
+
+    The next batch is read in threads (Pillow decodes without holding the interpreter) while the caller works on this
+    one. Both live in the two buffers, so that no third batch is ever in memory: pixels are valid until the next one.
+    """
+
+    def read(images: Images, position: int, out: np.ndarray) -> str | None:
+        try:
+            images.read(position, out)
+        except Exception as error:  # broken image files make Pillow raise almost anything
+            return " ".join(f"{type(error).__name__}: {error}".split())
+        return None
+
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="read-images") as pool:
+
+        def start(number: int) -> list[Future[str | None]]:
+            images, positions = batches[number]
+            buffer = buffers[number % 2]
+            return [pool.submit(read, images, position, buffer[row]) for row, position in enumerate(positions)]
+
+        try:
+            coming = start(0) if batches else []
+            for number, (images, positions) in enumerate(batches):
+                reading, coming = coming, start(number + 1) if number + 1 < len(batches) else []
+                reasons = [future.result() for future in reading]
+                broken = {images.name(at): reason for at, reason in zip(positions, reasons, strict=True) if reason}
+                yield buffers[number % 2][: len(positions)], broken
+        finally:
+            pool.shutdown(cancel_futures=True)  # also where the caller stops early
 
 
 def load_digits(resolution: int, num_held_out: int, seed: int) -> dict[str, ImageSet]:

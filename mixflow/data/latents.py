@@ -1,59 +1,101 @@
 """Latent caches: contiguous memory-mapped shards and the `index.json` that describes them.
 
 `index.json` holds {format, settings, num_classes, latent_shape, splits: {name: {num_images, shards: [{file, bytes,
-sha256, count}]}}}. A shard is a safetensors file with `stored` [n,...] (what the autoencoder keeps of an image),
-`labels` int64 [n] and `indices` int64 [n].
+sha256, count}]}}} and, where the autoencoder has files, {autoencoder_sha256: {file: sha256}, mirrors: whether each
+image is stored twice, as it is and mirrored}. A shard is a safetensors file with `stored` [n,...] or [n,2,...] (what
+the autoencoder keeps of an image), `labels` int64 [n] and `indices` int64 [n].
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import math
+import mmap
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mixflow.runtime.errors import UserError, did_you_mean
-from mixflow.runtime.files import atomic_path, file_sha256, read_json
+from mixflow.runtime.files import atomic_path, file_sha256, read_json, write_json
+from mixflow.runtime.progress import log
 from mixflow.runtime.seeds import Stream, permutation
 
 FORMAT = "mixflow-latents-1"
+VERIFIED = "verified.json"  # beside the index: {shard: {bytes, mtime_ns, sha256}} as they were when last hashed
 
 
-def write_shard(path: Path, stored: Tensor, labels: Tensor, indices: Tensor) -> dict[str, Any]:
-    """Write one shard unless it is there (its name holds a hash of the settings, and it is whole); return its entry."""
-    if not path.exists():
-        with atomic_path(path) as temporary:
-            save_file({"stored": stored.contiguous(), "labels": labels, "indices": indices}, temporary)
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path), "count": len(labels)}
+def write_shard(path: Path, labels: np.ndarray, indices: np.ndarray, batches: Iterable[np.ndarray]) -> dict[str, Any]:
+    """Write one shard from `labels`, `indices` [n] and batches of `stored` [b,...], b summing to n; return its entry.
+
+    Only one batch is in memory at a time. An exception out of `batches` leaves no file behind.
+    """
+    sha256 = hashlib.sha256()
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+
+        def write(data: bytes | memoryview) -> None:
+            file.write(data)
+            sha256.update(data)
+
+        rows = 0
+        for batch in batches:
+            if rows == 0:
+                write(_shard_header(len(labels), batch))
+                write(np.ascontiguousarray(indices, np.int64).data.cast("B"))
+                write(np.ascontiguousarray(labels, np.int64).data.cast("B"))
+            write(np.ascontiguousarray(batch).data.cast("B"))
+            rows += len(batch)
+        assert rows == len(labels), (rows, len(labels))
+        size = file.tell()
+    return {"file": path.name, "bytes": size, "sha256": sha256.hexdigest(), "count": len(labels)}
+
+
+def shard_entry(path: Path, count: int) -> dict[str, Any]:
+    """Return the entry of a shard that was written earlier."""
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path), "count": count}
 
 
 class LatentSplit:
     """Random access to one split of a cache through memory maps; nothing is read before it is asked for."""
 
-    def __init__(self, folder: Path, shards: list[dict[str, Any]]) -> None:
+    def __init__(self, folder: Path, shards: list[dict[str, Any]], mirrors: bool) -> None:
         self.paths = [folder / shard["file"] for shard in shards]
-        arrays = [_map_shard(path) for path in self.paths]
-        self._stored = [shard["stored"] for shard in arrays]
-        self.labels = np.concatenate([np.asarray(shard["labels"]) for shard in arrays])
-        self._starts = np.cumsum([0] + [len(shard["labels"]) for shard in arrays])
+        self.mirrors = mirrors  # whether `stored` holds image and mirror image, [n,2,...]
+        self._shards = [_Shard(path) for path in self.paths]
+        self.labels = np.concatenate([shard.arrays["labels"] for shard in self._shards])
+        self._starts = np.cumsum([0] + [len(shard.arrays["labels"]) for shard in self._shards])
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def gather(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return (stored [n,...], labels [n]) of the given positions, in the order asked for."""
-        shard_of = np.searchsorted(self._starts, indices, side="right") - 1
-        stored = np.empty((len(indices), *self._stored[0].shape[1:]), dtype=self._stored[0].dtype)
-        for shard in np.unique(shard_of):
-            chosen = shard_of == shard
-            stored[chosen] = self._stored[shard][indices[chosen] - self._starts[shard]]
+    def gather(self, indices: np.ndarray, mirrored: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+        """Return (stored [n,...], labels [n]) of the given positions, in the order asked for.
+
+        `mirrored` (bool [n]; None: none) asks for the mirror image instead: its own stored values where the cache has
+        both, of which only the one asked for is read, else the flipped ones.
+        """
+        first = self._shards[0].arrays["stored"]
+        stored = np.empty((len(indices), *first.shape[1 + self.mirrors :]), dtype=first.dtype)
+        rows = np.asarray(indices, np.int64)
+        shard_of = np.searchsorted(self._starts, rows, side="right") - 1
+        rows = rows - self._starts[shard_of]
+        mirror = np.zeros(len(rows), np.int64) if mirrored is None else np.asarray(mirrored, np.int64)
+        if self.mirrors:
+            rows = 2 * rows + mirror
+        groups = [(self._shards[shard], np.flatnonzero(shard_of == shard)) for shard in np.unique(shard_of)]
+        for shard, chosen in groups:
+            shard.will_need(rows[chosen], stored[0].nbytes)
+        for shard, chosen in groups:
+            stored[chosen] = shard.arrays["stored"].reshape(-1, *stored.shape[1:])[rows[chosen]]
+        if not self.mirrors and mirror.any():
+            stored[mirror > 0] = stored[mirror > 0][..., ::-1]
         return torch.from_numpy(stored), torch.from_numpy(self.labels[indices])
 
 
@@ -79,23 +121,54 @@ class LatentCache:
             yield from split["shards"]
 
     def _broken(self, path: Path, what: str) -> UserError:
-        folder = self.index_path.parent
-        return UserError(f"latent shard '{path}' {what}: delete '{folder}' and run the same command again")
+        return UserError(
+            f"latent shard '{path}' {what}: delete it and '{self.index_path}' and run the same command again, which "
+            "makes only what is missing"
+        )
 
     def verify(self) -> None:
-        """Compare every shard with the SHA-256 in the index; a corrupted one is a `UserError` that names it."""
-        shards = list(self._shards())
+        """Compare every shard with the SHA-256 in the index; a corrupted one is a `UserError` that names it.
+
+        What was found right is remembered in `verified.json` with size and time, and hashed again when they change.
+        """
+        memory = self.index_path.parent / VERIFIED
+        known = {}
+        with contextlib.suppress(UserError):  # missing, or broken: then everything is hashed
+            known = read_json(memory)
+        facts = {}
+        for shard in self._shards():
+            status = (self.index_path.parent / shard["file"]).stat()
+            facts[shard["file"]] = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": shard["sha256"]}
+        if facts == known:
+            return
+        doubtful = [name for name, fact in facts.items() if known.get(name) != fact]
         with ThreadPoolExecutor(max_workers=8) as pool:
-            paths = [self.index_path.parent / shard["file"] for shard in shards]
-            for shard, path, found in zip(shards, paths, pool.map(file_sha256, paths), strict=True):
-                if found != shard["sha256"]:
-                    raise self._broken(path, f"is corrupted (sha256 {found[:12]}… instead of {shard['sha256'][:12]}…)")
+            paths = [self.index_path.parent / name for name in doubtful]
+            for path, found in zip(paths, pool.map(file_sha256, paths), strict=True):
+                wanted = facts[path.name]["sha256"]
+                if found != wanted:
+                    raise self._broken(path, f"is corrupted (sha256 {found[:12]}… instead of {wanted[:12]}…)")
+        try:
+            write_json(memory, facts)
+        except (UserError, OSError) as error:  # a cache that others share read-only
+            log.info("every start hashes the latents again: %s", error)
+
+    def check_autoencoder(self, autoencoder: dict[str, Any]) -> None:
+        """Raise `UserError` unless the cache was made by the autoencoder of this resolved entry."""
+        made = self.index["settings"]["autoencoder"]
+        for key in sorted(made.keys() | autoencoder.keys()):
+            if made.get(key) != autoencoder.get(key):
+                raise UserError(
+                    f"the latents '{self.index_path}' were made with autoencoder {key} {made.get(key)!r}, not "
+                    f"{autoencoder.get(key)!r} as now asked for: make them again with cache-latents, or undo the change"
+                )
 
     def split(self, name: str) -> LatentSplit:
         """Open a split such as 'train' or 'held_out'."""
         if name not in self.index["splits"]:
             raise UserError(f"'{self.index_path}' has no split '{name}'" + did_you_mean(name, self.index["splits"]))
-        return LatentSplit(self.index_path.parent, self.index["splits"][name]["shards"])
+        shards = self.index["splits"][name]["shards"]
+        return LatentSplit(self.index_path.parent, shards, self.index.get("mirrors", False))
 
 
 class DataOrder:
@@ -116,18 +189,77 @@ class DataOrder:
         return indices
 
 
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+
+
+class Prefetcher(Generic[Key, Value]):
+    """Runs `fetch(key)` in a background thread for the keys that come next, so that their values are ready in time.
+
+    `fetch` must depend on its key alone; it never runs twice at once. What is ahead is bounded by what the caller
+    announces, an error surfaces where its value is asked for, and there is no state to save.
+    """
+
+    def __init__(self, fetch: Callable[[Key], Value]) -> None:
+        self._fetch = fetch
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+        self._coming: dict[Key, Future[Value]] = {}
+
+    def get(self, key: Key, *following: Key) -> Value:
+        """Return `fetch(key)` and start on the `following` keys; announced ones that are not among them lapse."""
+        value = self._coming.pop(key, None) or self._pool.submit(self._fetch, key)
+        for lapsed in self._coming.keys() - set(following):
+            self._coming.pop(lapsed).cancel()
+        for later in following:
+            if later not in self._coming:
+                self._coming[later] = self._pool.submit(self._fetch, later)
+        return value.result()
+
+    def close(self) -> None:
+        """Stop the thread. Not needed at the end of the program, which waits for the batch being fetched at most."""
+        self._pool.shutdown(cancel_futures=True)
+
+
 _NUMPY_DTYPES = {"U8": np.uint8, "F16": np.float16, "F32": np.float32, "I64": np.int64}
+_DTYPE_NAMES = {np.dtype(dtype): name for name, dtype in _NUMPY_DTYPES.items()}
 
 
-def _map_shard(path: Path) -> dict[str, np.ndarray]:
-    """Memory-map every tensor of a safetensors file (an 8-byte length, a JSON header, then the raw values)."""
-    with open(path, "rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(header_bytes))
-    header.pop("__metadata__", None)
-    return {
-        name: np.memmap(
-            path, _NUMPY_DTYPES[entry["dtype"]], "r", 8 + header_bytes + entry["data_offsets"][0], tuple(entry["shape"])
-        )
-        for name, entry in header.items()
-    }
+def _shard_header(count: int, batch: np.ndarray) -> bytes:
+    """Return the head of a safetensors file: an 8-byte length and a JSON header; the raw values follow."""
+    header, at = {}, 0
+    shapes = {"indices": ("I64", [count]), "labels": ("I64", [count])}
+    shapes["stored"] = (_DTYPE_NAMES[batch.dtype], [count, *batch.shape[1:]])
+    for name, (dtype, shape) in shapes.items():
+        end = at + math.prod(shape) * np.dtype(_NUMPY_DTYPES[dtype]).itemsize
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the values are aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+class _Shard:
+    """A memory-mapped shard: `arrays` by name, without a copy."""
+
+    def __init__(self, path: Path) -> None:
+        with open(path, "rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        values = 8 + int.from_bytes(self._map[:8], "little")
+        header = json.loads(self._map[8:values])
+        header.pop("__metadata__", None)
+        self._start = values + header["stored"]["data_offsets"][0]
+        self.arrays = {
+            name: np.frombuffer(
+                self._map,
+                _NUMPY_DTYPES[entry["dtype"]],
+                math.prod(entry["shape"]),
+                values + entry["data_offsets"][0],
+            ).reshape(entry["shape"])
+            for name, entry in header.items()
+        }
+
+    def will_need(self, rows: np.ndarray, row_bytes: int) -> None:
+        """Have the disk start on all these rows of `stored` at once, rather than on one when its turn comes."""
+        for start in (self._start + rows * row_bytes).tolist():
+            page = start - start % mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_WILLNEED, page, start + row_bytes - page)
