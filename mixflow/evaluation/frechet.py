@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixflow.evaluation.arrays import Array, as_tensor
+from mixflow.evaluation.arrays import Array, as_tensor, finite_matrix
+from mixflow.evaluation.moments import moments
 from mixflow.runtime.errors import UserError
 
 
@@ -28,19 +29,7 @@ def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array, *, fa
     device = sigma1.device if isinstance(sigma1, Tensor) else torch.device("cpu")
     mu1, sigma1, mu2, sigma2 = (as_tensor(x).to(device, torch.float64) for x in (mu1, sigma1, mu2, sigma2))
     d = mu1.numel()
-    for name, value, shape in (
-        ("mu1", mu1, [d]),
-        ("sigma1", sigma1, [d, d]),
-        ("mu2", mu2, [d]),
-        ("sigma2", sigma2, [d, d]),
-    ):
-        if list(value.shape) != shape:
-            raise UserError(
-                f"{name} has shape {list(value.shape)} where {shape} is expected: reference and samples must come "
-                "from the same extractor"
-            )
-        if not torch.isfinite(value).all():
-            raise UserError(f"{name} holds NaN or infinity: measure the features of the images again")
+    _require_finite(mu1=(mu1, [d]), sigma1=(sigma1, [d, d]), mu2=(mu2, [d]), sigma2=(sigma2, [d, d]))
     if factor is None:
         factor = covariance_factor(sigma1)
     factor = as_tensor(factor).to(sigma1)
@@ -49,6 +38,40 @@ def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array, *, fa
     trace_of_root = torch.linalg.eigvalsh(symmetric(product)).clamp(min=0).sqrt().sum()
     difference = mu1 - mu2
     return float(difference @ difference + sigma1.trace() + sigma2.trace() - 2 * trace_of_root)
+
+
+def frechet_distance_to(mu1: Array, sigma1: Array, features: Array) -> float:
+    """Return `frechet_distance` from a Gaussian to that of `features` [n, d], the faster and better way for few rows.
+
+    With the centred rows X / (n-1)^½ as the factor of their covariance, the eigenvalues that count are those of the
+    n x n matrix X sigma1 Xᵀ / (n-1): no covariance of the rows is formed, and none of its zeros is computed. With more
+    rows than features it goes by their moments. Raises `UserError` as `frechet_distance` and `moments` do.
+    """
+    rows = finite_matrix(features, "features")
+    if len(rows) > rows.shape[1]:
+        return frechet_distance(mu1, sigma1, *moments(rows))
+    if len(rows) < 2:
+        raise UserError(f"a covariance needs at least 2 images, got {len(rows)}: generate or load more")
+    d = rows.shape[1]
+    mu1, sigma1 = (as_tensor(x).to(rows.device, torch.float64) for x in (mu1, sigma1))
+    _require_finite(mu1=(mu1, [d]), sigma1=(sigma1, [d, d]))
+    rows = rows.double()
+    difference = mu1 - rows.mean(dim=0)
+    factor = (rows - rows.mean(dim=0)) / (len(rows) - 1) ** 0.5  # [n,d]
+    product = factor @ symmetric(sigma1) @ factor.T
+    trace_of_root = torch.linalg.eigvalsh(symmetric(product)).clamp(min=0).sqrt().sum()
+    return float(difference @ difference + sigma1.trace() + factor.square().sum() - 2 * trace_of_root)
+
+
+def _require_finite(**matrices: tuple[Tensor, list[int]]) -> None:
+    for name, (value, shape) in matrices.items():
+        if list(value.shape) != shape:
+            raise UserError(
+                f"{name} has shape {list(value.shape)} where {shape} is expected: reference and samples must come "
+                "from the same extractor"
+            )
+        if not torch.isfinite(value).all():
+            raise UserError(f"{name} holds NaN or infinity: measure the features of the images again")
 
 
 def covariance_factor(sigma: Array) -> Tensor:

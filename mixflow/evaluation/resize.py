@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -33,13 +35,16 @@ def resize_tf1(images: Array, size: int) -> Tensor:
 
 def _lerp(x: Tensor, dim: int, size: int) -> Tensor:
     """Interpolate linearly along `dim` to `size` entries; columns go before rows, as float32 rounding depends on it."""
-    length = x.shape[dim]
+    low, high, fraction = _grid(x.shape[dim], size, x.device)
+    below, above = x.index_select(dim, low), x.index_select(dim, high)
+    return below + (above - below) * fraction.view(-1, *[1] * (x.ndim - 1 - dim))
+
+
+@functools.lru_cache(maxsize=8)  # a copy to the device for every batch would make the host wait
+def _grid(length: int, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the two neighbours of each target position and the way from the first to the second, [size] each."""
     # TensorFlow divides and multiplies in float32; a float64 position floors differently now and then.
     scale = torch.tensor(length, dtype=torch.float32) / size
-    position = torch.arange(size, dtype=torch.float32) * scale  # [size]
+    position = torch.arange(size, dtype=torch.float32) * scale
     low = position.floor()
-    fraction = (position - low).to(x.device).view(-1, *[1] * (x.ndim - 1 - dim))
-    low_index = low.long().to(x.device)
-    below = x.index_select(dim, low_index)
-    above = x.index_select(dim, (low_index + 1).clamp(max=length - 1))
-    return below + (above - below) * fraction
+    return low.long().to(device), (low.long() + 1).clamp(max=length - 1).to(device), (position - low).to(device)

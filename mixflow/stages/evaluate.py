@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,16 +15,23 @@ from mixflow.autoencoders import load_autoencoder
 from mixflow.data.latents import LatentCache
 from mixflow.evaluation import (
     Classifier,
+    ImageArchive,
+    adm_metrics,
     class_accuracy,
     frechet_distance,
+    image_features,
+    load_adm_reference,
     load_classifier,
+    load_inception,
+    make_adm_reference,
     memorisation,
     moments,
     save_classifier,
     train_classifier,
     variance_ratio,
 )
-from mixflow.runtime.errors import UserError
+from mixflow.runtime.downloads import downloaded_file
+from mixflow.runtime.errors import UserError, did_you_mean
 from mixflow.runtime.files import atomic_path, write_json
 from mixflow.runtime.progress import log
 from mixflow.runtime.provenance import RunRecord
@@ -56,10 +64,37 @@ def train_extractor(settings: dict[str, Any], *, latents: Path, out: Path) -> No
     log.info("%s: %.1f%% of held-out images classified rightly", settings["extractor_name"], 100 * accuracy)
 
 
-def make_reference(settings: dict[str, Any], *, latents: Path, extractor: Path, out: Path) -> None:
-    """Write what samples are compared with: feature moments of both splits, and their pixels."""
-    record = RunRecord("make-reference", settings, {"latents": latents, "extractor": extractor})
-    cache = LatentCache(latents)
+def make_reference(settings: dict[str, Any], *, source: Path, extractor: Path, out: Path) -> None:
+    """Write what samples are compared with, and run.json beside it, as the kind of extractor asks."""
+    _kind_of(settings).make_reference(settings, source, extractor, out)
+
+
+def evaluate(settings: dict[str, Any], *, samples: Path, reference: Path, extractor: Path, out: Path) -> None:
+    """Write metrics.json, {metrics, num_images, protocol, parents}. Equal inputs, equal bytes: it holds no times."""
+    record, metrics, num_images = _kind_of(settings).measure(settings, samples, reference, extractor)
+    write_json(
+        out,
+        {
+            "metrics": {name: float(value) for name, value in metrics.items()},
+            "num_images": num_images,
+            "protocol": settings,
+            "parents": record.parent_hashes,
+        },
+    )
+    record.write(out.parent / "run.json", [out], images=num_images)
+    log.info("%s: %s", out, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
+
+Measured = tuple[RunRecord, dict[str, float], int]  # and the number of images
+
+
+# --- a classifier that the pipeline trains; `source` is the index of a latent cache, `extractor` the weights
+
+
+def _make_classifier_reference(settings: dict[str, Any], source: Path, extractor: Path, out: Path) -> None:
+    """Feature moments of both splits of a cache, and their pixels."""
+    record = RunRecord("make-reference", settings, {"latents": source, "extractor": extractor})
+    cache = LatentCache(source)
     cache.verify()
     network = load_classifier(extractor)
     tensors: dict[str, Tensor] = {}
@@ -77,16 +112,12 @@ def make_reference(settings: dict[str, Any], *, latents: Path, extractor: Path, 
     log.info("%s: Fréchet distance of held-out to training images %.2f", settings["reference_name"], floor)
 
 
-def evaluate(settings: dict[str, Any], *, samples: Path, reference: Path, extractor: Path, out: Path) -> None:
-    """Write metrics.json: {metrics, protocol, parents}. It holds no times, so equal inputs give equal bytes."""
+def _measure_by_classifier(settings: dict[str, Any], samples: Path, reference: Path, extractor: Path) -> Measured:
     record = RunRecord("evaluate", settings, {"samples": samples, "reference": reference, "extractor": extractor})
     real = load_file(reference)
     images, labels = load_samples(samples)
-    if images.shape[1:3] != real["train.images"].shape[1:3]:
-        raise UserError(
-            f"'{samples}' holds images of {images.shape[2]}x{images.shape[1]} but '{reference}' was made at "
-            f"{real['train.images'].shape[2]}x{real['train.images'].shape[1]}: name a reference of that resolution"
-        )
+    height, width = real["train.images"].shape[1:3]
+    _require_size(samples, (images.shape[1], images.shape[2]), reference, (height, width))
     network = load_classifier(extractor)
     features, logits = _features(network, images)
     mu, sigma = moments(features)
@@ -98,17 +129,63 @@ def evaluate(settings: dict[str, Any], *, samples: Path, reference: Path, extrac
         "variance_ratio": variance_ratio(grey, real["train.images"]),
         **memorisation(grey, real["train.images"], real["held_out.images"]),
     }
-    write_json(
-        out,
-        {
-            "metrics": {name: float(value) for name, value in metrics.items()},
-            "num_images": len(images),
-            "protocol": settings,
-            "parents": record.parent_hashes,
-        },
-    )
-    record.write(out.parent / "run.json", [out], images=len(images))
-    log.info("%s: %s", out, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    return record, metrics, len(images)
+
+
+# --- Inception, as in the ADM evaluator; `source` and `extractor` are records of downloads
+
+
+def _make_inception_reference(settings: dict[str, Any], source: Path, extractor: Path, out: Path) -> None:
+    """The statistics of a published file, and the features of its images."""
+    archive, weights = downloaded_file(source), downloaded_file(extractor)
+    record = RunRecord("make-reference", settings, {"source": archive, "extractor": weights})
+    network = load_inception(weights, _device())
+    num_images = make_adm_reference(archive, network, record.parent_hashes["extractor"], out)
+    record.write(out.parent / "run.json", [out], images=num_images)
+    log.info("%s: statistics, and features of %d images, in %s", settings["reference_name"], num_images, out)
+
+
+def _measure_by_inception(settings: dict[str, Any], samples: Path, reference: Path, extractor: Path) -> Measured:
+    weights = downloaded_file(extractor)
+    record = RunRecord("evaluate", settings, {"samples": samples, "reference": reference, "extractor": weights})
+    images, real = ImageArchive(samples), load_adm_reference(reference, _device())
+    _require_size(samples, images.size, reference, real.size)
+    if real.extractor != record.parent_hashes["extractor"]:
+        raise UserError(f"'{reference}' was made with other weights than '{weights}': make the reference again")
+    features = image_features(load_inception(weights, _device()), images)
+    return record, adm_metrics(real, features), len(images)
+
+
+class _Kind(NamedTuple):
+    """What an extractor can be used for."""
+
+    make_reference: Callable[[dict[str, Any], Path, Path, Path], None]  # settings, source, extractor, out
+    measure: Callable[[dict[str, Any], Path, Path, Path], Measured]  # settings, samples, reference, extractor
+
+
+_KINDS = {
+    "classifier": _Kind(_make_classifier_reference, _measure_by_classifier),
+    "inception": _Kind(_make_inception_reference, _measure_by_inception),
+}
+
+
+def _kind_of(settings: dict[str, Any]) -> _Kind:
+    kind = settings["extractor"]["kind"]
+    if kind not in _KINDS:
+        raise UserError(f"extractor kind '{kind}' is not known{did_you_mean(kind, _KINDS)}")
+    return _KINDS[kind]
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _require_size(samples: Path, size: tuple[int, int], reference: Path, wanted: tuple[int, int]) -> None:
+    if size != wanted:
+        raise UserError(
+            f"'{samples}' holds images of {size[1]}x{size[0]} but '{reference}' was made at {wanted[1]}x{wanted[0]}: "
+            "name a reference of that resolution"
+        )
 
 
 def load_samples(path: Path) -> tuple[Tensor, Tensor]:
