@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic writes, hashes, work folders, and the ADM sample archive."""
+"""Files that are either whole or absent: atomic writes, hashes and work folders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import sys
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -26,16 +25,26 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with write_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            temporary.chmod(0o666 & ~_umask())  # some writers (safetensors) leave files that only their owner can read
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _fsync_folder(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk and a folder without write permission, while writing `path`, into a `UserError`."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())  # some writers (safetensors) leave files that only their owner can read
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _fsync_folder(path.parent)
+        yield
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free_mib = shutil.disk_usage(path.parent).free >> 20
             raise UserError(
@@ -47,9 +56,6 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
                 f"'{path}' could not be written ({error.strerror}): make '{path.parent}' writable and run the same "
                 "command again"
             ) from error
-        raise
-    except BaseException:
-        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -150,23 +156,3 @@ class WorkFolder:
         for folder in (self.path.parent, self.path.parent.parent):
             with contextlib.suppress(OSError):
                 folder.rmdir()  # only when empty
-
-
-# A fixed date inside archives, so that equal contents give equal bytes.
-_ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
-
-
-def write_npz(path: str | os.PathLike[str], members: dict[str, Path]) -> None:
-    """Pack `.npy` files into an uncompressed `.npz` at `path`, atomically and streaming (no array is held in memory).
-
-    Stored members can be memory-mapped in place; equal contents give equal bytes.
-    """
-    with (
-        atomic_path(path) as temporary,
-        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
-    ):
-        for name, source in members.items():
-            entry = zipfile.ZipInfo(f"{name}.npy", date_time=_ZIP_EPOCH)
-            entry.file_size = source.stat().st_size
-            with open(source, "rb") as reader, archive.open(entry, "w", force_zip64=True) as writer:
-                shutil.copyfileobj(reader, writer, length=1 << 24)

@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 
+def download(name: str) -> str:
+    return f"results/downloads/{name}.json"
+
+
+def stand_ins(folder: str) -> str:
+    return f"{folder}/stand-ins.json"
+
+
 def latents(name: str) -> str:
     return f"results/latents/{name}/index.json"
 

@@ -17,7 +17,10 @@ from typing import Any
 
 from mixflow.runtime.files import file_sha256, read_json, write_json
 
-_PACKAGES = ("mixflow", "torch", "timm", "accelerate", "torchdiffeq", "safetensors", "numpy", "torch-fidelity")
+_PACKAGES = (
+    *("mixflow", "torch", "timm", "accelerate", "torchdiffeq", "diffusers", "safetensors", "numpy", "pillow"),
+    "torch-fidelity",
+)
 
 
 class RunRecord:

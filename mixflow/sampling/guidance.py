@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,17 @@ Network = Callable[[Tensor, Tensor, Tensor], Tensor]  # x [B,C,H,W], t [B], y [B
 EDGE = 1e-6
 
 
+class GuidedVelocity(Protocol):
+    """What `guided_velocity` returns; solvers that know nothing of guidance call it with x and t alone."""
+
+    def __call__(
+        self,
+        x: Tensor,  # [B,C,H,W]
+        t: Tensor,  # 0-dim
+        decided_at: Tensor | None = None,  # 0-dim, the time that must lie in the interval; None: t itself
+    ) -> Tensor: ...
+
+
 def guided_velocity(
     network: Network,
     labels: Tensor,  # [B] int64
@@ -23,7 +35,8 @@ def guided_velocity(
     *,
     channels: int | None = None,  # guide the first so many channels, the others stay conditional (SiT: 3); None: all
     interval: tuple[float, float] = (0.0, 1.0),  # guide for t in [low, high], paper time (arXiv 2404.07724)
-) -> Callable[[Tensor, Tensor], Tensor]:
+    network_dtype: torch.dtype | None = None,  # in which the network is handed x and t; None: that of x
+) -> GuidedVelocity:
     """Return velocity(x [B,C,H,W], t 0-dim) = v(null) + scale (v(label) - v(null)), [B,C,H,W] in the dtype of x.
 
     One call of the network on 2B rows where guidance acts, on B rows elsewhere. Raises `UserError` for guidance without
@@ -34,25 +47,28 @@ def guided_velocity(
         raise UserError(f"the guidance interval is [{low}, {high}]: it must satisfy 0 <= low <= high <= 1")
     if channels is not None and channels < 1:
         raise UserError(f"guidance channels is {channels}: it must be at least 1, or None for all")
+
+    def conditional(x: Tensor, t: Tensor, decided_at: Tensor | None = None) -> Tensor:
+        return call(x, t, labels)
+
+    def call(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        inputs = x if network_dtype is None else x.to(network_dtype)
+        return network(inputs, _batch_time(t, inputs), y).to(x.dtype)
+
     if scale == 1:
-
-        def conditional(x: Tensor, t: Tensor) -> Tensor:
-            return network(x, _batch_time(t, x), labels).to(x.dtype)
-
         return conditional
 
     if null_label is None:
         raise UserError(f"guidance scale is {scale} but the network has no null label: use scale 1")
     labels_and_null = torch.cat([labels, torch.full_like(labels, null_label)])
 
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        if not low - EDGE <= t <= high + EDGE:
-            return network(x, _batch_time(t, x), labels).to(x.dtype)
+    def velocity(x: Tensor, t: Tensor, decided_at: Tensor | None = None) -> Tensor:
+        if not low - EDGE <= (t if decided_at is None else decided_at) <= high + EDGE:
+            return call(x, t, labels)
         if channels is not None and channels > x.shape[1]:
             raise UserError(f"guidance channels is {channels} but the latents have {x.shape[1]}: lower it, or use None")
-        doubled = torch.cat([x, x])
         # The difference is taken in the precision of the state: the scale magnifies its rounding.
-        cond, null = network(doubled, _batch_time(t, doubled), labels_and_null).to(x.dtype).chunk(2)
+        cond, null = call(torch.cat([x, x]), t, labels_and_null).chunk(2)
         guided = null + scale * (cond - null)
         return guided if channels is None else torch.cat([guided[:, :channels], cond[:, channels:]], dim=1)
 

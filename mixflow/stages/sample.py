@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap
-from torch import Tensor, nn
+from torch import Tensor
 
-from mixflow.autoencoders import load_autoencoder
+from mixflow.autoencoders import Autoencoder, load_autoencoder
 from mixflow.config import slice_key
 from mixflow.flow import INTERPOLANTS
-from mixflow.models import load_model
 from mixflow.runtime.devices import start_accelerator
-from mixflow.runtime.files import WorkFolder, write_npz
+from mixflow.runtime.errors import UserError
+from mixflow.runtime.files import WorkFolder
+from mixflow.runtime.npz import NpzWriter
 from mixflow.runtime.progress import Progress, log
 from mixflow.runtime.provenance import RunRecord
 from mixflow.runtime.seeds import Stream, normal, random_words
 from mixflow.runtime.stopping import StopRequest, Unfinished
-from mixflow.sampling import guided_velocity, sample, time_grid
+from mixflow.sampling import CountedNetwork, guided_velocity, sample, time_grid
+from mixflow.sampling.guidance import Network
+from mixflow.stages.networks import network_from_file
 
 NOISE_STEP = 0  # step number of the draws that belong to a whole image
 
@@ -32,80 +36,141 @@ def run(
     out: Path,  # samples.npz: arr_0 uint8 [N,H,W,3], arr_1 labels int64 [N]; run.json is written beside it
     scratch: Path,
     batch: int = 250,  # images per forward pass on one device; no effect on the result beyond float rounding
+    autoencoder: Path | None = None,  # record of the autoencoder's download, for kinds that have one
     time_budget_minutes: float | None = None,
     expected_gpus: int | None = None,
 ) -> None:
     """Sample as the slice `sample` of the config says; running it again after any interruption continues."""
     sampler = settings["sampler"]
-    record = RunRecord("sample", settings, {"weights": weights})
+    parents = {"weights": weights, **({"autoencoder": autoencoder} if autoencoder else {})}
+    record = RunRecord("sample", settings, parents)
     stop = StopRequest(time_budget_minutes)
     accelerator = start_accelerator(sampler["precision"], expected_gpus)
     device = accelerator.device
     name = f"{settings['checkpoint']}/{settings['sampler_name']}"
-    work = WorkFolder(scratch, "sample", name, slice_key(settings, *record.parent_hashes.values()))
-    if accelerator.is_main_process:
-        work.open()
-    accelerator.wait_for_everyone()
-    if record.already_made(out.parent / "run.json"):
-        log.info("%s: already made, nothing to do", name)
-        work.remove()
-        return
+    key = slice_key(settings, *record.parent_hashes.values())
+    with contextlib.closing(WorkFolder(scratch, "sample", name, key)) as work:
+        if accelerator.is_main_process:
+            work.open()
+        accelerator.wait_for_everyone()
+        if record.already_made(out.parent / "run.json"):
+            log.info("%s: already made, nothing to do", name)
+            work.remove()
+            return
 
-    options = settings["model"]
-    given = {key: options[key] for key in ("num_heads", "label_dropout")}  # what shapes cannot tell
-    network = load_model(options["family"], weights, **given)
-    network.to(device).requires_grad_(False)
-    autoencoder = load_autoencoder(settings["autoencoder"])
-    size = settings["resolution"]
-    if accelerator.is_main_process:
-        _preallocate(work.path, sampler["num_images"], size)
-    accelerator.wait_for_everyone()
-    images, labels, done = (np.load(work.path / f"{part}.npy", mmap_mode="r+") for part in ("images", "labels", "done"))
-
-    # Batches are aligned to multiples of `batch`, so that a resumed run has the batches of an undisturbed one.
-    starts = [start for start in range(0, len(images), batch) if not done[start : start + batch].all()]
-    mine = starts[accelerator.process_index :: accelerator.num_processes]
-    progress = Progress(name, len(starts), "batch")
-    for start in mine:
-        if stop:
-            raise Unfinished(f"'{name}' was saved at {int(done.sum())} of {len(done)} images because {stop.reason}")
-        chosen = slice(start, min(start + batch, len(images)))
-        indices = torch.arange(chosen.start, chosen.stop, device=device)
-        classes = draw_labels(sampler["labels"], sampler["seed"], indices, settings["num_classes"])
-        with torch.inference_mode(), accelerator.autocast():
-            latents = sample_latents(network, settings, indices, classes)
-            pixels = autoencoder.decode(latents)
-        images[chosen] = pixels.cpu().numpy()
-        labels[chosen] = classes.cpu().numpy()
-        images.flush()
-        labels.flush()
-        done[chosen] = True  # only after the images themselves are on disk
-        done.flush()
-        progress.advance(accelerator.num_processes, (chosen.stop - chosen.start) * accelerator.num_processes)
-    progress.close()
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_npz(out, {"arr_0": work.path / "images.npy", "arr_1": work.path / "labels.npy"})
-        record.write(
-            out.parent / "run.json",
-            [out],
-            images=len(images),
-            images_this_attempt=sum(len(images[start : start + batch]) for start in starts),
-            images_per_second=round(progress.images_per_second, 3),
+        network: Any = network_from_file(settings["model"], weights)
+        _check_network(settings, network, weights)
+        counted = CountedNetwork(network.to(device).requires_grad_(False))
+        codec = load_autoencoder(settings["autoencoder"], _folder(autoencoder), device)
+        num_images, size = sampler["num_images"], settings["resolution"]
+        archive = NpzWriter(
+            work.path, {"arr_0": ((num_images, size, size, 3), np.uint8), "arr_1": ((num_images,), np.int64)}
         )
-        work.remove()
-        log.info("%s: %d images in %s", name, len(images), out)
+        if accelerator.is_main_process:
+            archive.create()
+        accelerator.wait_for_everyone()
+        done = archive.done
+        accelerator.wait_for_everyone()  # all have read the same flags before the first sets more
+
+        # Batches are aligned to multiples of `batch`, so that a resumed run has the batches of an undisturbed one.
+        starts = [start for start in range(0, num_images, batch) if not done[start : start + batch].all()]
+        mine = starts[accelerator.process_index :: accelerator.num_processes]
+        progress = Progress(name, len(starts), "batch")
+        sampled = 0
+        with BackgroundWriter(archive, codec, sampler["to_uint8"], device) as writer:
+            for start in mine:
+                if stop:
+                    break
+                indices = torch.arange(start, min(start + batch, num_images))
+                labels = draw_labels(sampler["labels"], sampler["seed"], indices, settings["num_classes"])
+                with torch.inference_mode(), accelerator.autocast():
+                    on_device = indices.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+                    latents = sample_latents(counted, settings, *on_device, network.null_label)
+                writer.add(start, latents, labels)
+                sampled += len(indices)
+                progress.advance(accelerator.num_processes, len(indices) * accelerator.num_processes)
+        progress.close()
+        speed = progress.images_per_second
+        accelerator.wait_for_everyone()
+        done = archive.done
+        if not done.all():
+            reason = stop.reason or "another process was told to stop"
+            raise Unfinished(f"'{name}' was saved at {int(done.sum())} of {num_images} images because {reason}")
+
+        totals = torch.tensor([counted.rows, sampled], dtype=torch.float64, device=device)
+        rows, images = accelerator.reduce(totals, "sum").tolist()
+        if accelerator.is_main_process:
+            archive.finish(out)
+            record.write(
+                out.parent / "run.json",
+                [out],
+                images=num_images,
+                images_this_attempt=int(images),
+                images_per_second=round(speed, 3),
+                **({"network_calls_per_image": rows / images} if images else {}),
+            )
+            work.remove()
+            log.info("%s: %d images in %s", name, num_images, out)
     accelerator.end_training()
 
 
-def _preallocate(folder: Path, num_images: int, size: int) -> None:
-    """Create the work files (sparse) unless an earlier attempt did; `done` comes last, as the sign that all exist."""
-    if (folder / "done.npy").exists():
-        return
-    open_memmap(folder / "images.npy", "w+", np.uint8, (num_images, size, size, 3)).flush()
-    open_memmap(folder / "labels.npy", "w+", np.int64, (num_images,)).flush()
-    open_memmap(folder / "done.partial", "w+", np.bool_, (num_images,)).flush()
-    (folder / "done.partial").rename(folder / "done.npy")
+class BackgroundWriter:
+    """Decode, copy to the host and write one batch while the next one is sampled.
+
+    On CUDA decoder and copy are queued on a stream of their own; a thread waits for them and writes. They are queued by
+    the caller's thread, because what the decoder asks of the backends (TF32 or not) holds for the whole process and
+    must not meet the network halfway. At most two batches of pixels are on the host: one is written, one comes next.
+    """
+
+    def __init__(self, archive: NpzWriter, autoencoder: Autoencoder, to_uint8: str, device: torch.device) -> None:
+        self.archive, self.autoencoder, self.to_uint8 = archive, autoencoder, to_uint8
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="write-samples")
+        self._pending: Future[None] | None = None
+
+    def add(self, first: int, latents: Tensor, labels: Tensor) -> None:
+        """Take latents [n,C,h,w] and labels [n] (on the CPU) of images first ... first + n - 1.
+
+        Raises what the writing of the batch before raised.
+        """
+        pixels, ready = self._decode(latents)
+        self._wait()
+        self._pending = self._thread.submit(self._write, first, pixels, labels, ready)
+
+    @torch.inference_mode()
+    def _decode(self, latents: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+        """Return uint8 pixels [n,H,W,3] on the host, and the event after which they are there."""
+        if self._stream is None:
+            return self.autoencoder.decode(latents, self.to_uint8), None
+        self._stream.wait_stream(torch.cuda.current_stream(latents.device))
+        with torch.cuda.stream(self._stream):
+            pixels = self.autoencoder.decode(latents, self.to_uint8)
+            latents.record_stream(self._stream)  # not to be overwritten by the next batch before it is decoded
+            host = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
+            host.copy_(pixels, non_blocking=True)
+            ready = torch.cuda.Event()
+            ready.record(self._stream)
+        return host, ready
+
+    def _write(self, first: int, pixels: Tensor, labels: Tensor, ready: torch.cuda.Event | None) -> None:
+        if ready is not None:
+            ready.synchronize()
+        self.archive.write(first, arr_0=pixels.numpy(), arr_1=labels.numpy())
+
+    def _wait(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def __enter__(self) -> BackgroundWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._wait()
+        finally:
+            self._thread.shutdown()  # after the batch that is being written
 
 
 def draw_labels(rule: str, seed: int, indices: Tensor, num_classes: int) -> Tensor:
@@ -119,20 +184,28 @@ def draw_labels(rule: str, seed: int, indices: Tensor, num_classes: int) -> Tens
     return random_words(seed, Stream.LABELS, NOISE_STEP, indices, 1)[:, 0] % num_classes
 
 
-def sample_latents(network: nn.Module, settings: dict[str, Any], indices: Tensor, labels: Tensor) -> Tensor:
+def sample_latents(
+    network: Network,
+    settings: dict[str, Any],
+    indices: Tensor,  # [n] int64
+    labels: Tensor,  # [n] int64
+    null_label: int | None,
+) -> Tensor:
     """Return latents [n,C,h,w] of the samples with these indices: functions of (seed, index) alone."""
     sampler, model = settings["sampler"], settings["model"]
     seed, guidance = sampler["seed"], sampler["guidance"]
+    state = {"float32": torch.float32, "float64": torch.float64}[sampler["state"]]
     shape = (model["in_channels"], model["input_size"], model["input_size"])
     velocity = guided_velocity(
         network,
         labels,
-        model["num_classes"] if model["label_dropout"] > 0 else None,  # the null class, where there is one
+        null_label,
         guidance["scale"],
         channels=None if guidance["channels"] == "all" else guidance["channels"],
         interval=tuple(guidance["interval"]),
+        network_dtype=torch.float32,
     )
-    noise = normal(seed, Stream.NOISE, NOISE_STEP, indices, shape)
+    noise = normal(seed, Stream.NOISE, NOISE_STEP, indices, shape).to(state)
     solver = sampler["solver"]
     options: dict[str, Any] = {}
     if solver == "dopri5":
@@ -143,9 +216,36 @@ def sample_latents(network: nn.Module, settings: dict[str, Any], indices: Tensor
             "diffusion": sampler["diffusion"]["form"],
             "norm": sampler["diffusion"]["norm"],
             "last_step": sampler["last_step"],
-            "noise_at": lambda step: normal(seed, Stream.SOLVER, step, indices, shape),
+            "noise_at": lambda step: normal(seed, Stream.SOLVER, step, indices, shape).to(state),
         }
         times = time_grid(sampler["num_steps"], last_step_size=sampler["last_step_size"])
     else:
         times = time_grid(sampler["num_steps"])
     return sample(velocity, noise, solver=solver, times=times, **options)
+
+
+def _folder(record: Path | None) -> Path | None:
+    """Return where the autoencoder's files lie, told by the record of their download."""
+    if record is None:
+        return None
+    from mixflow.runtime.downloads import downloaded
+
+    for path in downloaded(record).values():
+        if path.name == "config.json":
+            return path.parent
+    raise UserError(f"'{record}' lists no config.json: name a download that holds an autoencoder's files")
+
+
+def _check_network(settings: dict[str, Any], network: Any, weights: Path) -> None:
+    model, found = settings["model"], network.options
+    wanted = [model["in_channels"], model["input_size"]]
+    if [found["in_channels"], found["input_size"]] != wanted:
+        raise UserError(
+            f"'{weights}' makes latents of {found['in_channels']} channels and size {found['input_size']} where "
+            f"'{settings['checkpoint']}' has {wanted[0]} and {wanted[1]}: name other weights, or other latents"
+        )
+    if found["num_classes"] < settings["num_classes"]:
+        raise UserError(
+            f"'{weights}' knows {found['num_classes']} classes but '{settings['checkpoint']}' is sampled with "
+            f"{settings['num_classes']}: name other weights, or a dataset with as few classes"
+        )

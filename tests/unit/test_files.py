@@ -4,11 +4,10 @@ import multiprocessing
 import os
 import time
 
-import numpy as np
 import pytest
 
 from mixflow.runtime.errors import UserError
-from mixflow.runtime.files import WorkFolder, atomic_path, file_sha256, read_json, write_json, write_npz
+from mixflow.runtime.files import WorkFolder, atomic_path, read_json, write_json
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
@@ -49,20 +48,6 @@ def test_broken_json_is_told_in_one_sentence(tmp_path):
         read_json(tmp_path / "a.json")
     with pytest.raises(UserError, match="does not exist"):
         read_json(tmp_path / "b.json")
-
-
-def test_npz_is_read_by_numpy_mappable_and_byte_deterministic(tmp_path):
-    images = np.random.default_rng(0).integers(0, 255, (20, 8, 8, 3), dtype=np.uint8)
-    np.save(tmp_path / "images.npy", images)
-    np.save(tmp_path / "labels.npy", np.arange(20))
-    for name in ("a.npz", "b.npz"):
-        write_npz(tmp_path / name, {"arr_0": tmp_path / "images.npy", "arr_1": tmp_path / "labels.npy"})
-        time.sleep(0.01)
-    with np.load(tmp_path / "a.npz", allow_pickle=False) as archive:
-        assert np.array_equal(archive["arr_0"], images)
-        assert np.array_equal(archive["arr_1"], np.arange(20))
-    assert file_sha256(tmp_path / "a.npz") == file_sha256(tmp_path / "b.npz")
-    assert images.tobytes() in (tmp_path / "a.npz").read_bytes()  # stored, not compressed
 
 
 def _hold(root, seconds, ready):

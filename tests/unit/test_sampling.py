@@ -20,7 +20,7 @@ RUNS = json.loads((GOLDEN / "samplers.json").read_text())
 SOLVER_NAMES = {"euler": "euler", "midpoint": "midpoint", "heun2": "heun", "rk4": "rk4"}
 CALLS_PER_STEP = {"euler": 1, "midpoint": 2, "heun2": 2, "rk4": 4}
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-6}  # the peer's time grids are float32 in float64 runs too
-FIXED_STEP = ("euler", "heun", "midpoint", "rk4")
+FIXED_STEP = ("euler", "heun", "heun_repa", "midpoint", "rk4")
 
 golden = functools.cache(lambda name: load_file(GOLDEN / f"{name}.safetensors"))
 
@@ -57,7 +57,7 @@ def close(actual, expected, tolerance):
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
-def decay(x, t):
+def decay(x, t, decided_at=None):
     """A velocity that is no straight line, elementwise."""
     return torch.sin(3 * x) * (1 - t) - x * t
 
@@ -151,21 +151,36 @@ def test_callback_sees_every_state(solver):
     assert torch.equal(torch.stack([t for _, _, t in seen]), times)
     assert torch.equal(seen[0][1], noise)
     assert torch.equal(seen[-1][1], x)
-    halfway = sample(decay, noise, solver=solver, times=times[:3], **(options and {**options, "last_step": "none"}))
-    assert torch.equal(seen[2][1], halfway)
+    if solver != "heun_repa":  # whose last step differs from the others
+        halfway = sample(decay, noise, solver=solver, times=times[:3], **(options and {**options, "last_step": "none"}))
+        assert torch.equal(seen[2][1], halfway)
 
 
 @pytest.mark.parametrize("solver", list(SOLVERS))
 def test_velocity_gets_one_time_in_the_dtype_of_the_state(solver):
-    def velocity(x, t):
-        assert t.ndim == 0
-        assert t.dtype == x.dtype == torch.float32
+    def velocity(x, t, decided_at=None):
+        for time in (t, t if decided_at is None else decided_at):
+            assert time.ndim == 0
+            assert time.dtype == x.dtype == torch.float32
         assert not torch.is_grad_enabled()
         return weight * x
 
     weight = torch.tensor(0.5, requires_grad=True)
     options = {"noise_at": lambda step: torch.zeros(2, 3)} if solver == "euler_maruyama" else {}
     assert not sample(velocity, torch.ones(2, 3), solver=solver, times=time_grid(2), **options).requires_grad
+
+
+def test_heun_of_repa_ends_with_eulers_step_and_hands_on_where_a_step_started():
+    noise, times, asked = torch.randn(2, 3, dtype=torch.float64), time_grid(4), []
+
+    def velocity(x, t, decided_at=None):
+        asked.append((t.item(), None if decided_at is None else decided_at.item()))
+        return decay(x, t)
+
+    x = sample(velocity, noise, solver="heun_repa", times=times)
+    assert asked == [(0, None), (0.25, 0), (0.25, None), (0.5, 0.25), (0.5, None), (0.75, 0.5), (0.75, None)]
+    start = sample(decay, noise, solver="heun", times=times[:4])
+    assert torch.equal(x, sample(decay, start, solver="euler", times=times[3:]))
 
 
 def test_last_steps_add_no_noise_and_end_where_they_say():
@@ -271,6 +286,23 @@ def test_guidance_extrapolates_from_the_null_label(t):
     close(everywhere(x, time), null + 1.5 * (cond - null), 1e-12)
 
 
+def test_guidance_can_be_decided_by_another_time():
+    x, early, late = torch.zeros(2, 4, 2, 2), torch.tensor(0.1), torch.tensor(0.4)
+    for scale, rows in ((1.0, [2, 2, 2]), (2.0, [4, 2, 4])):
+        asked = []
+
+        def network(x, t, y, asked=asked):
+            asked.append((len(x), t[0].item()))
+            return by_label(x, t, y)
+
+        velocity = guided_velocity(network, LABELS, NULL, scale, interval=(0.3, 0.7))
+        velocity(x, late)
+        velocity(x, early)
+        velocity(x, early, late)
+        assert [n for n, _ in asked] == rows
+        assert [t for _, t in asked] == pytest.approx([0.4, 0.1, 0.1])  # the network is told the time of x
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_guidance_costs_only_where_it_acts(dtype):
     x, times = torch.zeros(2, 4, 2, 2, dtype=dtype), time_grid(10)
@@ -293,6 +325,19 @@ def test_network_of_lower_precision_leaves_the_state_alone():
     velocity = guided_velocity(lambda x, t, y: by_label(x, t, y).bfloat16(), LABELS, NULL, 2.0)
     assert sample(velocity, torch.zeros(2, 4, 2, 2), solver="heun", times=time_grid(2)).dtype == torch.float32
     assert velocity(torch.zeros(2, 4, 2, 2), torch.tensor(0.5)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_a_float64_state_is_handed_over_in_the_networks_dtype(scale):
+    def network(x, t, y):
+        assert x.dtype == t.dtype == torch.float32
+        return by_label(x, t, y)
+
+    velocity = guided_velocity(network, LABELS, NULL, scale, network_dtype=torch.float32)
+    noise = torch.randn(2, 4, 2, 2, dtype=torch.float64)
+    x = sample(velocity, noise, solver="heun_repa", times=time_grid(3))
+    assert x.dtype == torch.float64
+    assert not torch.equal(x, x.float().double())
 
 
 @pytest.mark.parametrize(
