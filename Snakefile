@@ -19,6 +19,7 @@ include: "workflow/rules/common.smk"
 container: settings.image
 
 
+include: "workflow/rules/downloads.smk"
 include: "workflow/rules/latents.smk"
 include: "workflow/rules/train.smk"
 include: "workflow/rules/sample.smk"

@@ -48,14 +48,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mixflow {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
+    verb = _verb(verbs, "download", _download, "fetch published files, check their hashes, and record them")
+    _settings(verb, "DOWNLOAD")
+    verb.add_argument("--out", type=Path, help="record to write; the files go to downloads/DOWNLOAD/")
+
     verb = _verb(verbs, "cache-latents", _cache_latents, "encode a dataset once, into shards and an index")
     _settings(verb, "LATENTS")
+    verb.add_argument("--images", type=Path, metavar="FOLDER", help="the folder that holds train/ (imagenet)")
+    verb.add_argument("--autoencoder", type=Path, metavar="RECORD", help="record of the autoencoder's download")
     verb.add_argument("--out", type=Path, help="index.json to write; shards go beside it")
+    verb.add_argument("--workers", type=int, metavar="N", help="threads that read images (default: the cores)")
+    verb.add_argument(
+        "--batch", type=int, default=64, metavar="N", help="images read and encoded at a time (default %(default)s)"
+    )
+    _long_running(verb)
 
     verb = _verb(verbs, "train", _train, "train a checkpoint, from scratch or from another one; resumes after any kill")
     _settings(verb, "CHECKPOINT")
     verb.add_argument("--latents", type=Path, help="index.json of the latent cache")
     verb.add_argument("--init", type=Path, help="weights to start from")
+    verb.add_argument("--pixels", type=Path, help="index.json of the images, for REPA's alignment")
+    verb.add_argument("--encoder", type=Path, metavar="RECORD", help="record of its image encoder's download")
     verb.add_argument("--out", type=Path, help="model.safetensors to write (EMA weights)")
     verb.add_argument("--micro-batch", type=int, metavar="N", help="rows per forward pass on one device")
     verb.add_argument(
@@ -69,12 +82,30 @@ def _parser() -> argparse.ArgumentParser:
         verbs, "import-weights", _import_weights, "take a weights file of your own, or a peer's, as checkpoint"
     )
     _settings(verb, "CHECKPOINT")
-    verb.add_argument("--file", type=Path, help="the weights file")
+    verb.add_argument("--file", type=Path, help="the weights file, or the record of its download")
     verb.add_argument("--out", type=Path, help="model.safetensors to write")
+
+    verb = _verb(
+        verbs, "export-weights", _export_weights, "write a checkpoint of ours as the .pt file that SiT and REPA read"
+    )
+    verb.add_argument("weights", type=Path, metavar="WEIGHTS", help="model.safetensors of a checkpoint")
+    verb.add_argument(
+        "--velocity-head", action="store_true",
+        help="leave out the unused half of SiT's 8-channel head, as its sample.py --ckpt wants",
+    )  # fmt: skip
+    verb.add_argument("--out", type=Path, required=True, help=".pt to write")
+
+    verb = _verb(
+        verbs, "convert-weights", _convert_weights, "turn a pickled weights file that may hold code into safetensors"
+    )
+    verb.add_argument("file", type=Path, metavar="FILE", help="the file that was refused")
+    verb.add_argument("--trust", action="store_true", help="yes, run whatever code is in it")
+    verb.add_argument("--out", type=Path, required=True, help=".safetensors to write")
 
     verb = _verb(verbs, "sample", _sample, "draw images from a checkpoint; resumes after any kill")
     _settings(verb, "CHECKPOINT", "SAMPLER")
     verb.add_argument("--weights", type=Path, help="model.safetensors of the checkpoint")
+    verb.add_argument("--autoencoder", type=Path, metavar="RECORD", help="record of the autoencoder's download")
     verb.add_argument("--out", type=Path, help="samples.npz to write")
     verb.add_argument(
         "--batch", type=int, default=250, metavar="N", help="images per forward pass (default %(default)s)"
@@ -88,15 +119,15 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = _verb(verbs, "make-reference", _make_reference, "prepare what samples are compared with")
     _settings(verb, "REFERENCE")
-    verb.add_argument("--latents", type=Path, help="index.json of the latent cache")
-    verb.add_argument("--extractor", type=Path, help="weights of the feature network")
+    verb.add_argument("--source", type=Path, help="index.json of the latents, or record of the reference's download")
+    verb.add_argument("--extractor", type=Path, help="weights of the feature network, or record of their download")
     verb.add_argument("--out", type=Path, help="reference.safetensors to write")
 
     verb = _verb(verbs, "evaluate", _evaluate, "every metric of a sample file")
     _settings(verb, "CHECKPOINT", "SAMPLER")
     verb.add_argument("--samples", type=Path, help="samples.npz")
     verb.add_argument("--reference", type=Path, help="reference.safetensors")
-    verb.add_argument("--extractor", type=Path, help="weights of the feature network")
+    verb.add_argument("--extractor", type=Path, help="weights of the feature network, or record of their download")
     verb.add_argument("--out", type=Path, help="metrics.json to write")
 
     tables = verbs.add_parser("tables", help="rows, figures and pages of a table", description="Parts of a table.")
@@ -114,6 +145,13 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--figures", type=Path, nargs="*", help="PNG files, named after their figures")
     verb.add_argument("--markdown", type=Path, help=".md to write")
     verb.add_argument("--page", type=Path, help=".html to write")
+
+    verb = _verb(parts, "preview", _table_preview, "print a table as far as it is measured, as Markdown")
+    _settings(verb, "TABLE")
+
+    verb = _verb(verbs, "make-stand-ins", _make_stand_ins, "make the small random files of the rehearsal")
+    _settings(verb)
+    verb.add_argument("--out", type=Path, help="list of the files to write")
 
     verb = _verb(verbs, "inspect", _inspect, "say what a weights file, latent cache, sample file or result is")
     verb.add_argument("file", type=Path, nargs="+", metavar="FILE")
@@ -171,12 +209,58 @@ def _existing(path: Path, what: str) -> Path:
     return path
 
 
+def _recorded(options: argparse.Namespace, given: Path | None, section: str, name: str | None = None) -> Path | None:
+    """Return the record of an entry's download: the one given, else where `download` writes it; None without one."""
+    if given is not None or options.settings is not None or name is None:
+        return given
+    download = _config(options).get(section, name).download
+    if download is None:
+        return None
+    return _existing(Path(paths.download(download)), f"the download '{download}'")
+
+
+def _autoencoder(options: argparse.Namespace, latents: str) -> Path | None:
+    if options.autoencoder is not None or options.settings is not None:
+        return options.autoencoder
+    return _recorded(options, None, "autoencoders", _config(options).get("latents", latents).autoencoder)
+
+
+def _download(options: argparse.Namespace) -> None:
+    settings = _slice(options, "download", options.download)
+
+    from mixflow.stages.download import run
+
+    run(options.download, settings["source"], options.out or Path(paths.download(options.download)))
+
+
+def _make_stand_ins(options: argparse.Namespace) -> None:
+    settings = _slice(options, "stand_ins")
+
+    from mixflow.stages.stand_ins import make_stand_ins
+
+    make_stand_ins(settings, options.out or Path(paths.stand_ins(settings["folder"])))
+
+
 def _cache_latents(options: argparse.Namespace) -> None:
     settings = _slice(options, "cache_latents", options.latents)
+    images = options.images
+    if images is None and options.settings is None and settings["dataset"]["kind"] == "imagenet":
+        images = Path(_config(options).dataset_of(options.latents).folder)
+    autoencoder = _autoencoder(options, options.latents)
 
     from mixflow.stages.cache_latents import cache_latents
 
-    cache_latents(settings, options.out or Path(paths.latents(options.latents)))
+    cache_latents(
+        settings,
+        options.out or Path(paths.latents(options.latents)),
+        images=images,
+        autoencoder=autoencoder,
+        scratch=options.scratch,
+        batch=options.batch,
+        workers=options.workers,
+        time_budget_minutes=options.time_budget,
+        expected_gpus=options.gpus,
+    )
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -187,6 +271,10 @@ def _train(options: argparse.Namespace) -> None:
     if parent != "scratch":
         init = _existing(options.init or Path(paths.weights(parent)), f"the parent of '{name}'")
     latents = _existing(options.latents or Path(paths.latents(settings["train"]["latents"])), "the latent cache")
+    pixels, encoder = options.pixels, options.encoder
+    if (align := settings["train"].get("align")) is not None:
+        pixels = _existing(pixels or Path(paths.latents(align["images"])), "the cache of pixels")
+        encoder = _recorded(options, encoder, "encoders", align["encoder"])
 
     from mixflow.stages import train
 
@@ -194,6 +282,8 @@ def _train(options: argparse.Namespace) -> None:
         settings,
         latents=latents,
         init=init,
+        pixels=pixels,
+        encoder=encoder,
         out=options.out or Path(paths.weights(name)),
         scratch=options.scratch,
         tensorboard=options.tensorboard,
@@ -206,23 +296,42 @@ def _train(options: argparse.Namespace) -> None:
 
 def _import_weights(options: argparse.Namespace) -> None:
     settings = _slice(options, "import_weights", options.checkpoint)
-    file = options.file or Path(settings["weights"]["file"])
+    if (file := options.file) is None:
+        own, download = settings["weights"].get("file"), settings["weights"].get("download")
+        file = Path(own) if own else _existing(Path(paths.download(download)), f"the download '{download}'")
 
     from mixflow.stages.import_weights import import_weights
 
     import_weights(settings, file=file, out=options.out or Path(paths.weights(options.checkpoint)))
 
 
+def _export_weights(options: argparse.Namespace) -> None:
+    from mixflow.models import export_weights
+
+    weights = _existing(options.weights, "the weights file")
+    export_weights(weights, options.out, velocity_head=options.velocity_head)
+
+
+def _convert_weights(options: argparse.Namespace) -> None:
+    from mixflow.models import convert_weights
+
+    convert_weights(_existing(options.file, "the weights file"), options.out, trust=options.trust)
+
+
 def _sample(options: argparse.Namespace) -> None:
     checkpoint, sampler = options.checkpoint, options.sampler
     settings = _slice(options, "sample", checkpoint, sampler)
     weights = _existing(options.weights or Path(paths.weights(checkpoint)), "the weights file")
+    autoencoder = options.autoencoder
+    if options.settings is None:
+        autoencoder = _autoencoder(options, _config(options).latents_of(checkpoint))
 
     from mixflow.stages import sample
 
     sample.run(
         settings,
         weights=weights,
+        autoencoder=autoencoder,
         out=options.out or Path(paths.samples(checkpoint, sampler)),
         scratch=options.scratch,
         batch=options.batch,
@@ -247,17 +356,28 @@ def _train_extractor(options: argparse.Namespace) -> None:
 def _make_reference(options: argparse.Namespace) -> None:
     name = options.reference
     settings = _slice(options, "make_reference", name)
-    latents = options.latents or Path(paths.latents(settings["reference"]["latents"]))
-    extractor = options.extractor or Path(paths.extractor(settings["reference"]["extractor"]))
+    source = options.source or _existing(_reference_source(settings["reference"]), "what the reference is made of,")
+    extractor = _extractor(options, settings["reference"]["extractor"])
 
     from mixflow.stages.evaluate import make_reference
 
     make_reference(
         settings,
-        latents=_existing(latents, "the latent cache"),
-        extractor=_existing(extractor, "the feature network"),
+        source=source,
+        extractor=extractor,
         out=options.out or Path(paths.reference(name)),
     )
+
+
+def _reference_source(reference: dict[str, Any]) -> Path:
+    latents = reference.get("latents")
+    return Path(paths.latents(latents) if latents else paths.download(reference["download"]))
+
+
+def _extractor(options: argparse.Namespace, name: str) -> Path:
+    """Return the weights of a feature network that was trained here, or the record of a downloaded one."""
+    found = _recorded(options, options.extractor, "extractors", name) or Path(paths.extractor(name))
+    return _existing(found, "the feature network")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -265,7 +385,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     settings = _slice(options, "evaluate", checkpoint, sampler)
     samples = options.samples or Path(paths.samples(checkpoint, sampler))
     reference = options.reference or Path(paths.reference(settings["reference_name"]))
-    extractor = options.extractor or Path(paths.extractor(settings["extractor_name"]))
+    extractor = _extractor(options, settings["extractor_name"])
 
     from mixflow.stages.evaluate import evaluate
 
@@ -273,7 +393,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         settings,
         samples=_existing(samples, "the sample file"),
         reference=_existing(reference, "the reference"),
-        extractor=_existing(extractor, "the feature network"),
+        extractor=extractor,
         out=options.out or Path(paths.metrics(checkpoint, sampler)),
     )
 
@@ -312,6 +432,14 @@ def _table_render(options: argparse.Namespace) -> None:
         markdown=options.markdown or Path(paths.table(name, "md")),
         page=options.page or Path(paths.table(name, "html")),
     )
+
+
+def _table_preview(options: argparse.Namespace) -> None:
+    from mixflow.stages.render_tables import preview
+
+    config = _config(options)
+    table = config.slice("render", options.table)
+    print(preview(table, [config.slice("row", options.table, row) for row in table["rows"]]))
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -100,10 +100,11 @@ def cells(config: Config, table: str) -> list[Cell]:
     """Return the measured cells of a table, row by row."""
     entry = config.get("tables", table)
     return [
-        Cell(row.key, row.checkpoint, column.sampler, column.metric, metric_path(row.checkpoint, column.sampler))
+        Cell(row.key, row.checkpoint, sampler, column.metric, metric_path(row.checkpoint, sampler))
         for row in entry.rows
         if row.checkpoint
         for column in entry.columns
+        for sampler in [row.sampler_of(column)]
     ]
 
 
@@ -115,7 +116,7 @@ def figure_paths(config: Config, table: str) -> list[str]:
 def figure_files(settings: dict[str, Any]) -> list[str]:
     """Return what a figure is drawn from, one file per arm: `settings` is the slice `figure` of the config."""
     file_of: dict[str, Callable[[dict[str, Any]], str]] = {
-        "samples": lambda arm: paths.samples(arm["checkpoint"], settings["sampler"]),
+        "samples": lambda arm: paths.samples(arm["checkpoint"], arm["sampler"]),
         "steps": lambda arm: paths.row(settings["table"], arm["row"]),
         "losses": lambda arm: paths.losses(arm["checkpoint"]),
     }
@@ -141,7 +142,7 @@ def build_row(settings: dict[str, Any], read_json: ReadJson) -> Row:
         status = "quoted"
     else:
         status = "not run" if any(cell["value"] is None for cell in built) else "measured"
-    kept = ("table", "row", "label", "checkpoint", "made_by", "note", "tolerance")
+    kept = ("table", "row", "label", "checkpoint", "made_by", "sampled_by", "note", "tolerance")
     return {**{key: settings.get(key) for key in kept}, "status": status, "cells": built}
 
 
@@ -182,7 +183,7 @@ def _within(difference: float | None, paper: float | None, tolerance: dict[str, 
 _STATUS = {
     "measured": "measured",
     "not run": "not run yet",
-    "quoted": "the paper's number; not reproduced here yet",
+    "quoted": "the paper's number, quoted; not reproduced here",
 }
 
 
@@ -251,6 +252,8 @@ def _remarks(rows: list[Row]) -> list[tuple[str, str]]:
     remarks = [("All rows", _STATUS["quoted"])] if all_quoted else []
     for row in rows:
         parts = [] if all_quoted else [_made_by(row)]
+        if row.get("sampled_by"):
+            parts.append(f"sampled by {', '.join(row['sampled_by'])}")
         if row["note"]:
             parts.append(row["note"])
         if row["tolerance"]:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from mixflow.config.entries import Pair, Table
+from mixflow.config.entries import REPA, SDVAE, Classifier, Pair, Row, Table
 from mixflow.config.samplers import EulerMaruyama
 from mixflow.config.values import NAME_PATTERN, SCRATCH
 from mixflow.runtime.errors import UserError, did_you_mean
@@ -20,6 +20,10 @@ def _references(config: Config) -> Iterator[tuple[str, str, str]]:
     """Yield (where, name, section) for every mention of an entry by its name."""
     for name, dataset in config.datasets.items():
         yield f"datasets.{name}.reference", dataset.reference, "references"
+    for section in ("autoencoders", "encoders", "extractors", "references"):
+        for name, entry in getattr(config, section).items():
+            if (download := getattr(entry, "download", None)) is not None:
+                yield f"{section}.{name}.download", download, "downloads"
     for name, latents in config.latents.items():
         yield f"latents.{name}.dataset", latents.dataset, "datasets"
         yield f"latents.{name}.autoencoder", latents.autoencoder, "autoencoders"
@@ -28,10 +32,17 @@ def _references(config: Config) -> Iterator[tuple[str, str, str]]:
         yield f"checkpoints.{name}.{part}.latents", checkpoint.origin.latents, "latents"
         if checkpoint.train and checkpoint.train.init != SCRATCH:
             yield f"checkpoints.{name}.train.init", checkpoint.train.init, "checkpoints"
+        if checkpoint.weights and checkpoint.weights.download is not None:
+            yield f"checkpoints.{name}.weights.download", checkpoint.weights.download, "downloads"
+        if checkpoint.train and checkpoint.train.align:
+            yield f"checkpoints.{name}.train.align.encoder", checkpoint.train.align.encoder, "encoders"
+            yield f"checkpoints.{name}.train.align.images", checkpoint.train.align.images, "latents"
     for name, extractor in config.extractors.items():
-        yield f"extractors.{name}.latents", extractor.latents, "latents"
+        if isinstance(extractor, Classifier):
+            yield f"extractors.{name}.latents", extractor.latents, "latents"
     for name, reference in config.references.items():
-        yield f"references.{name}.latents", reference.latents, "latents"
+        if reference.latents is not None:
+            yield f"references.{name}.latents", reference.latents, "latents"
         yield f"references.{name}.extractor", reference.extractor, "extractors"
     for name, table in config.tables.items():
         for index, column in enumerate(table.columns):
@@ -40,6 +51,8 @@ def _references(config: Config) -> Iterator[tuple[str, str, str]]:
         for row in table.rows:
             if row.checkpoint is not None:
                 yield f"tables.{name}.rows.{row.key}.checkpoint", row.checkpoint, "checkpoints"
+            for own in (row.samplers or {}).values():
+                yield f"tables.{name}.rows.{row.key}.samplers", own, "samplers"
 
 
 def check_references(config: Config) -> None:
@@ -71,6 +84,49 @@ def check_networks(config: Config) -> None:
             raise UserError(
                 f"checkpoints.{name}.train.latents: '{latents}' has other channels, sizes or classes than those of "
                 f"'{parent}', which it starts from: name latents of the same shape"
+            )
+
+
+def check_latents_entries(config: Config) -> None:
+    """Check that autoencoders can take the images that they are to encode."""
+    for name, latents in config.latents.items():
+        dataset, autoencoder = config.dataset_of(name), config.autoencoder_of(name)
+        if not isinstance(autoencoder, SDVAE):
+            continue
+        if dataset.num_channels != 3 or dataset.resolution % autoencoder.downsampling:
+            raise UserError(
+                f"latents.{name}.autoencoder: '{latents.autoencoder}' takes colour images whose size is a multiple of "
+                f"{autoencoder.downsampling}, but '{latents.dataset}' has {dataset.num_channels} channels at "
+                f"{dataset.resolution}: name another dataset or autoencoder"
+            )
+
+
+def check_alignment(config: Config) -> None:
+    """Check that what REPA aligns fits together: a network with projectors, the encoder's width, the same images."""
+    for name, checkpoint in config.checkpoints.items():
+        align = checkpoint.train.align if checkpoint.train else None
+        if align is None:
+            continue
+        where = f"checkpoints.{name}.train.align"
+        model, encoder = checkpoint.origin.model, config.encoders[align.encoder]
+        if not isinstance(model, REPA):
+            family = checkpoint.origin.model and checkpoint.origin.model.family
+            raise UserError(
+                f"{where}: a {family} network has no projectors to align: take family repa, or leave it out"
+            )
+        if model.z_dims != (encoder.num_features,):
+            raise UserError(
+                f"{where}.encoder: '{align.encoder}' has {encoder.num_features} features but the projectors of "
+                f"'{name}' have {list(model.z_dims)}: name the encoder that they were made for"
+            )
+        if config.latents[align.images].dataset != config.latents[checkpoint.origin.latents].dataset:
+            raise UserError(
+                f"{where}.images: '{align.images}' holds '{config.latents[align.images].dataset}', the latents are of "
+                f"'{config.latents[checkpoint.origin.latents].dataset}': name pixels of the same dataset"
+            )
+        if config.autoencoder_of(align.images).kind != "pixels":
+            raise UserError(
+                f"{where}.images: '{align.images}' holds no pixels: name latents with the autoencoder pixels"
             )
 
 
@@ -112,10 +168,14 @@ def check_tables(config: Config) -> None:
                     "null where the paper has none"
                 )
             if row.checkpoint is not None:
-                _check_columns(config, where, table, row.checkpoint)
+                _check_columns(config, where, table, row, row.checkpoint)
 
 
-def _check_columns(config: Config, where: str, table: Table, checkpoint: str) -> None:
+def _check_columns(config: Config, where: str, table: Table, row: Row, checkpoint: str) -> None:
+    replaced = {column.sampler for column in table.columns}
+    for name in row.samplers or ():
+        if name not in replaced:
+            raise UserError(f"{where}.rows.{row.key}.samplers: no column has the sampler '{name}' to take the place of")
     extractor = config.extractor_of(checkpoint)
     metrics = config.extractors[extractor].metrics
     for index, column in enumerate(table.columns):
@@ -127,4 +187,4 @@ def _check_columns(config: Config, where: str, table: Table, checkpoint: str) ->
                 f"{at}.metric: '{column.metric}' cannot be had from the extractor '{extractor}', with which "
                 f"'{checkpoint}' is compared{did_you_mean(column.metric, metrics)}"
             )
-        check_pair(config, Pair(checkpoint, column.sampler))
+        check_pair(config, Pair(checkpoint, row.sampler_of(column)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -18,12 +18,62 @@ from mixflow.config.values import (
     Positive,
     Precision,
     Seed,
+    Sha256,
     from_text,
 )
 from mixflow.runtime.errors import UserError, did_you_mean
 
+# --- downloads -------------------------------------------------------------------------------------------------------
+
+
+class Download(Entry):
+    """Files that others publish: in a Hugging Face repository, behind an address, or in a folder of this machine.
+
+    A name in `files` may hold * and ? and must then fit exactly one file. Without `sha256` the first download is
+    recorded in results/locks/, and later ones must equal it.
+    """
+
+    repo: Annotated[str | None, Field(pattern="^[^/]+/[^/]+$")] = None
+    revision: str | None = None  # of the repo: a commit, a tag or a branch
+    url: Annotated[str | None, Field(pattern="^https?://")] = None
+    folder: str | None = None
+    files: Annotated[tuple[str, ...], Field(min_length=1), LIST]
+    sha256: dict[str, Sha256] | None = None  # file -> its hash
+
+    @property
+    def address(self) -> str:
+        """Where the files come from, for people."""
+        return f"{self.repo or self.url or self.folder} ({', '.join(self.files)})"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Download:
+        sources = [name for name in ("repo", "url", "folder") if getattr(self, name) is not None]
+        if len(sources) != 1:
+            held = " and ".join(sources) or "none of them"
+            raise UserError(
+                f"a download has one of 'repo', 'url' and 'folder', here {held}: write one, set others null"
+            )
+        if (self.repo is None) != (self.revision is None):
+            raise UserError("revision: goes with 'repo', so that a moving repository is noticed: write both or neither")
+        if self.url is not None and len(self.files) != 1:
+            raise UserError(f"files: a 'url' is one file, here {len(self.files)}: make an entry for each")
+        for name in self.sha256 or ():
+            if name not in self.files:
+                raise UserError(f"sha256.{name}: is not one of the files{did_you_mean(name, self.files)}")
+        return self
+
+
+class StandIns(Entry):
+    """Small random files in the peers' formats, which the pipeline makes itself: the rehearsal has no others.
+
+    Whatever image folder or download lies below `folder` is made, in the sizes that the entries around it ask for.
+    """
+
+    folder: str
+    seed: Seed
+
+
 # --- datasets, autoencoders, latents ---------------------------------------------------------------------------------
-# A later kind is one more class, joined as in samplers.Sampler: Annotated[A | B, Field(discriminator="kind")].
 
 
 class Digits(Entry):
@@ -49,14 +99,48 @@ class Digits(Entry):
         return self
 
 
+class ImageNet(Entry):
+    """A folder train/<class>/<image>: class ids follow the sorted folder names. Centre-cropped as by ADM."""
+
+    kind: Literal["imagenet"]
+    folder: str
+    resolution: Count
+    num_classes: Count
+    num_images: Count  # what must be there
+    reference: str
+
+    @property
+    def num_channels(self) -> int:
+        return 3
+
+
 class Pixels(Entry):
     """No autoencoder: latents are the pixels, scaled to [-1, 1]."""
 
     kind: Literal["pixels"]
 
+    @property
+    def download(self) -> None:
+        return None  # there is nothing to load
+
     def latent_shape(self, dataset: Dataset) -> tuple[int, int]:
         """Return (channels, size) of the square latents of a dataset's images."""
         return dataset.num_channels, dataset.resolution
+
+
+class SDVAE(Entry):
+    """Stable Diffusion's autoencoder (diffusers' AutoencoderKL): 4 channels, 8 times smaller."""
+
+    kind: Literal["sd_vae"]
+    download: str  # config.json and diffusion_pytorch_model.safetensors
+    channels: Count
+    downsampling: Count
+    scale: Positive  # latents are the posterior's values times this
+    precision: Literal["fp32", "bf16"]
+
+    def latent_shape(self, dataset: Dataset) -> tuple[int, int]:
+        """Return (channels, size) of the square latents of a dataset's images."""
+        return self.channels, dataset.resolution // self.downsampling
 
 
 class Latents(Entry):
@@ -67,8 +151,8 @@ class Latents(Entry):
     shard_size: Count
 
 
-Dataset = Digits
-Autoencoder = Pixels
+Dataset = Annotated[Digits | ImageNet, Field(discriminator="kind")]
+Autoencoder = Annotated[Pixels | SDVAE, Field(discriminator="kind")]
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
@@ -91,17 +175,15 @@ def _offer_size(schema: dict[str, Any]) -> None:
     schema["properties"]["size"] = {"enum": list(SIT_SHORTHANDS)}
 
 
-class SiT(Entry):
-    """A SiT network; `size: XL/2` stands for hidden_size, depth, num_heads and patch_size."""
+class Backbone(Entry):
+    """What SiT and REPA share; `size: XL/2` stands for hidden_size, depth, num_heads and patch_size."""
 
     model_config = ConfigDict(json_schema_extra=_offer_size)
 
-    family: Literal["sit"]
     hidden_size: Count
     depth: Count
     num_heads: Count
     patch_size: Count
-    learn_sigma: Flag
     label_dropout: BelowOne
 
     @model_validator(mode="before")
@@ -119,16 +201,55 @@ class SiT(Entry):
         return values
 
     @model_validator(mode="after")
-    def _divisible(self) -> SiT:
+    def _divisible(self) -> Self:
         for divisor, needed_by in ((self.num_heads, "num_heads"), (4, "its position embedding")):
             if self.hidden_size % divisor:
                 raise UserError(f"hidden_size: {self.hidden_size} is not divisible by {needed_by} ({divisor})")
         return self
 
 
-Model = SiT
+class SiT(Backbone):
+    """A SiT network (arXiv 2401.08740)."""
+
+    family: Literal["sit"]
+    learn_sigma: Flag
+
+
+class REPA(Backbone):
+    """A SiT with projectors on the output of one block (arXiv 2410.06940)."""
+
+    family: Literal["repa"]
+    encoder_depth: Count  # the block whose output is aligned, counted from 1
+    z_dims: Annotated[tuple[Count, ...], Field(min_length=1), LIST]  # widths of the encoders' features
+    projector_dim: Count
+    qk_norm: Flag
+
+    @model_validator(mode="after")
+    def _aligned_block(self) -> REPA:
+        if self.encoder_depth > self.depth:
+            raise UserError(f"encoder_depth: {self.encoder_depth} is beyond the {self.depth} blocks: lower it")
+        return self
+
+
+Model = Annotated[SiT | REPA, Field(discriminator="family")]
 Interpolant = Literal["linear", "gvp"]
-SLOWED_LAWS = ("mixflow", "matched", "blind")  # the laws whose m differs from the plain t, by gamma
+SLOWED_LAWS = ("mixflow", "matched", "blind", "uniform_slowed")  # the laws whose m differs from the plain t, by gamma
+
+
+class Align(Entry):
+    """REPA's alignment: the network's projections follow an image encoder's patch features."""
+
+    encoder: str
+    images: str  # latents of the same dataset that hold its pixels
+    coefficient: Positive
+
+
+class Encoder(Entry):
+    """An image encoder whose patch features REPA aligns with: a DINOv2 in timm's or Meta's file format."""
+
+    kind: Literal["dinov2"]
+    download: str
+    num_features: Count
 
 
 class Train(Entry):
@@ -138,7 +259,17 @@ class Train(Entry):
     latents: str
     model: Model | None = None  # None only before resolution: inherited from init
     interpolant: Interpolant
-    law: Literal["uniform", "beta", "mixflow", "matched", "blind", "logit_normal"]
+    law: Literal[
+        "uniform",
+        "logit_normal",
+        "beta",
+        "mixflow",
+        "matched",
+        "blind",
+        "uniform_slowed",
+        "uniform_any",
+        "beta_any",
+    ]
     gamma: Fraction
     shift: Positive
     num_steps: Count
@@ -152,6 +283,7 @@ class Train(Entry):
     horizontal_flip: Flag
     precision: Precision
     compile: Flag
+    align: Align | None = None
     seed: Seed
 
     @model_validator(mode="after")
@@ -165,13 +297,22 @@ class Train(Entry):
 
 
 class Weights(Entry):
-    """A weights file of one's own, or a peer's, under the peer's key names."""
+    """A weights file of one's own, or a published one, under the peer's key names."""
 
-    file: str
-    sha256: Annotated[str | None, Field(pattern="^[0-9a-f]{64}$")] = None
+    file: str | None = None
+    sha256: Sha256 | None = None
+    download: str | None = None  # an entry of one file, which holds its own sha256
     latents: str
     model: Model
     interpolant: Interpolant | None = None  # what it was trained with; only SDE samplers ask
+
+    @model_validator(mode="after")
+    def _one_file(self) -> Weights:
+        if (self.file is None) == (self.download is None):
+            raise UserError("weights have either 'file' or 'download': write one of the two")
+        if self.download is not None and self.sha256 is not None:
+            raise UserError("sha256: stands in the entry of the download: move it there")
+        return self
 
 
 class Checkpoint(Entry):
@@ -212,6 +353,10 @@ class Classifier(Entry):
     seed: Seed
 
     @property
+    def download(self) -> None:
+        return None  # it is trained here
+
+    @property
     def metrics(self) -> tuple[str, ...]:
         return get_args(CLASSIFIER_METRICS)
 
@@ -220,14 +365,36 @@ class Classifier(Entry):
         return {"kind": self.kind, "width": self.width, "num_features": self.num_features}
 
 
-Extractor = Classifier
+class Inception(Entry):
+    """The Inception network of 2015-12-05, as in OpenAI's ADM evaluator; the file is torch-fidelity's."""
+
+    kind: Literal["inception"]
+    download: str
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return get_args(INCEPTION_METRICS)
+
+    def network(self) -> dict[str, Any]:
+        """Return what shapes the features."""
+        return {"kind": self.kind}
+
+
+Extractor = Annotated[Classifier | Inception, Field(discriminator="kind")]
 
 
 class Reference(Entry):
-    """What samples are compared with: a dataset, seen by an extractor."""
+    """What samples are compared with, seen by an extractor: a dataset, or a published file of statistics and images."""
 
-    latents: str
+    latents: str | None = None
+    download: str | None = None  # ADM's reference .npz: arr_0, mu, sigma, mu_s, sigma_s
     extractor: str
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Reference:
+        if (self.latents is None) == (self.download is None):
+            raise UserError("a reference has either 'latents' or 'download': write one of the two")
+        return self
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -257,6 +424,7 @@ class Row(Entry):
     quoted: Flag = False
     paper: Annotated[tuple[Annotated[float | None, Field(allow_inf_nan=False), TEXT], ...] | None, LIST] = None
     tolerance: Tolerance | None = None
+    samplers: dict[str, str] | None = None  # sampler of a column -> the one that this row takes in its place
     note: str | None = None
 
     @model_validator(mode="after")
@@ -273,6 +441,11 @@ class Row(Entry):
         key = self.name or self.checkpoint
         assert key is not None
         return key
+
+    def sampler_of(self, column: Column) -> str:
+        """Return the sampler of this row's cell in a column."""
+        assert column.sampler is not None, "only quoted rows do without samplers"
+        return (self.samplers or {}).get(column.sampler, column.sampler)
 
 
 class Table(Entry):

@@ -9,16 +9,17 @@ from typing import Any
 
 from mixflow.config.resolved import Config
 from mixflow.runtime.errors import UserError
-from mixflow.runtime.weights_header import safetensors_shapes, saved_model_options, sit_options_from_shapes
+from mixflow.runtime.weights_header import options_from_shapes, safetensors_shapes, saved_model_options
 
 
 def check_weights_file(config: Config, name: str) -> str:
-    """Return the path of a `weights` entry's file, after a check that it exists and fits the entry's model.
+    """Return the path of an own weights file, after a check that it exists and fits the entry's model.
 
     Of a .safetensors file the header alone is read; other formats are checked when imported. Raises `UserError`.
     """
     weights = config.get("checkpoints", name).weights
     assert weights is not None, f"{name} is trained here"
+    assert weights.file is not None, f"{name} is downloaded"
     where = f"checkpoints.{name}.weights"
     path = Path(weights.file)
     if not path.is_file():
@@ -29,14 +30,22 @@ def check_weights_file(config: Config, name: str) -> str:
 
 
 def _compare_header(path: Path, where: str, wanted: dict[str, Any]) -> None:
-    shapes = {key.removeprefix("module.").removeprefix("_orig_mod."): s for key, s in safetensors_shapes(path).items()}
-    found = sit_options_from_shapes(shapes, source=f"{where}.file '{path}'", null_row=wanted["label_dropout"] > 0)
+    found = options_from_shapes(
+        wanted["family"],
+        safetensors_shapes(path),
+        source=f"{where}.file '{path}'",
+        null_row=wanted["label_dropout"] > 0,
+    )
     found |= saved_model_options(path)
+    if found.get("z_dims") == []:  # without projectors, which is enough for sampling
+        found = {key: value for key, value in found.items() if key not in ("z_dims", "projector_dim")}
     differing = [key for key in wanted if key in found and found[key] != wanted[key]]
     if differing:
         held = ", ".join(f"{key} {found[key]}" for key in differing)
         asked = ", ".join(f"{key} {wanted[key]}" for key in differing)
-        raise UserError(f"{where}.file: '{path}' holds a SiT with {held}, the entry says {asked}: correct one of them")
+        raise UserError(
+            f"{where}.file: '{path}' holds a network with {held}, the entry says {asked}: correct one of them"
+        )
 
 
 def check_latents(index_path: str | os.PathLike[str]) -> None:

@@ -10,7 +10,13 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from mixflow.config.checks import check_networks, check_references, check_tables
+from mixflow.config.checks import (
+    check_alignment,
+    check_latents_entries,
+    check_networks,
+    check_references,
+    check_tables,
+)
 from mixflow.config.entries import Checkpoint, Model
 from mixflow.config.messages import sentence
 from mixflow.config.resolved import Config
@@ -56,8 +62,10 @@ def resolve(raw: dict[str, Any]) -> Config:
     except ValidationError as error:
         raise UserError(sentence(error.errors()[0], sections)) from None
     check_references(config)
+    check_latents_entries(config)
     config = _inherit_models(config)
     check_networks(config)
+    check_alignment(config)
     check_tables(config)
     return config
 

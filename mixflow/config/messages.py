@@ -16,7 +16,7 @@ def sentence(error: Any, sections: dict[str, Any]) -> str:
         where = f"{where}.{context['discriminator'][1:-1]}"
         value = context.get("tag")
     what = _what(kind, value, context, error["msg"])
-    names_a_field = kind == "value_error" and re.match("[a-z_]+: ", what)
+    names_a_field = kind == "value_error" and re.match("[a-z0-9_.]+: ", what)
     return f"{where}{'.' if names_a_field else ': '}{what}" if where else what
 
 

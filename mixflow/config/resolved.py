@@ -4,7 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from mixflow.config.entries import Autoencoder, Checkpoint, Dataset, Extractor, Latents, Pair, Reference, Row, Table
+from pydantic import Field
+
+from mixflow.config.entries import (
+    Autoencoder,
+    Checkpoint,
+    Dataset,
+    Download,
+    Encoder,
+    Extractor,
+    Latents,
+    Pair,
+    Reference,
+    Row,
+    StandIns,
+    Table,
+)
 from mixflow.config.samplers import Sampler
 from mixflow.config.slices import SLICES
 from mixflow.config.values import SCRATCH, Entry, Name
@@ -15,9 +30,12 @@ class Config(Entry):
     """A resolved config. Lookups raise `UserError` for names that are not there."""
 
     image: str
+    stand_ins: StandIns | None = None
+    downloads: dict[Name, Download] = Field(default_factory=dict)  # a section left out has no entries
     datasets: dict[Name, Dataset]
     autoencoders: dict[Name, Autoencoder]
     latents: dict[Name, Latents]
+    encoders: dict[Name, Encoder] = Field(default_factory=dict)
     checkpoints: dict[Name, Checkpoint]
     samplers: dict[Name, Sampler]
     extractors: dict[Name, Extractor]
@@ -63,7 +81,9 @@ class Config(Entry):
         """Return the sample sets that a table, or one row of it, needs: each once, in order."""
         entry = self.get("tables", table)
         rows = entry.rows if row is None else (self.row(table, row),)
-        pairs = [Pair(row.checkpoint, column.sampler) for row in rows if row.checkpoint for column in entry.columns]
+        pairs = [
+            Pair(row.checkpoint, row.sampler_of(column)) for row in rows if row.checkpoint for column in entry.columns
+        ]
         return list(dict.fromkeys(pairs))
 
     def paper_tables(self) -> list[str]:
@@ -96,8 +116,8 @@ class Config(Entry):
     def slice(self, stage: str, *names: str) -> dict[str, Any]:
         """Return the settings of one job as plain JSON-able values, resolved, with nothing that is not its business.
 
-        Stages and names: cache_latents LATENTS, train CHECKPOINT, import_weights CHECKPOINT, sample and evaluate
-        CHECKPOINT SAMPLER, train_extractor EXTRACTOR, make_reference REFERENCE, row TABLE ROW, figure TABLE FIGURE,
-        render TABLE.
+        Stages and names: stand_ins, download DOWNLOAD, cache_latents LATENTS, train CHECKPOINT, import_weights
+        CHECKPOINT, sample and evaluate CHECKPOINT SAMPLER, train_extractor EXTRACTOR, make_reference REFERENCE, row
+        TABLE ROW, figure TABLE FIGURE, render TABLE.
         """
         return SLICES[stage](self, *names)

@@ -62,31 +62,42 @@ class AnySampler(Entry):
     guidance: Guidance
     labels: Literal["balanced", "random"]
     num_images: Annotated[int, Field(ge=2), TEXT]
+    to_uint8: Literal["round", "truncate"]
+    state: Literal["float32", "float64"]
     precision: Precision
     seed: Seed
 
     @property
     def protocol(self) -> str:
         """What a header has no room for, though the numbers depend on it."""
-        return f"{self.num_images:,} images, {self.labels} labels, {self.precision}, seed {self.seed}"
+        pixels = "" if self.to_uint8 == "round" else ", pixel values truncated"
+        return f"{self.num_images:,} images, {self.labels} labels, {self.precision}{pixels}, seed {self.seed}"
 
 
 class FixedStep(AnySampler):
     """An ODE solver with `num_steps` equal steps."""
 
-    solver: Literal["euler", "heun", "midpoint", "rk4"]
+    solver: Literal["euler", "heun", "heun_repa", "midpoint", "rk4"]
     num_steps: Count
 
     @property
     def description(self) -> str:
-        title = {"euler": "Euler", "heun": "Heun", "midpoint": "midpoint", "rk4": "RK4"}[self.solver]
+        titles = {"euler": "Euler", "heun": "Heun", "heun_repa": "REPA's Heun", "midpoint": "midpoint", "rk4": "RK4"}
+        title = titles[self.solver]
         return f"{title} {self.num_steps}{self.guidance.description}"
 
     @property
     def call_times(self) -> list[float] | None:
-        """Paper time of each velocity evaluation."""
-        stages = {"euler": (0.0,), "heun": (0.0, 1.0), "midpoint": (0.0, 0.5), "rk4": (0.0, 1 / 3, 2 / 3, 1.0)}
-        return [(step + stage) / self.num_steps for step in range(self.num_steps) for stage in stages[self.solver]]
+        """Paper time by which each velocity evaluation decides on guidance."""
+        stages = {
+            "euler": (0.0,),
+            "heun": (0.0, 1.0),
+            "heun_repa": (0.0, 0.0),  # its corrector goes by the step's start
+            "midpoint": (0.0, 0.5),
+            "rk4": (0.0, 1 / 3, 2 / 3, 1.0),
+        }
+        times = [(step + stage) / self.num_steps for step in range(self.num_steps) for stage in stages[self.solver]]
+        return times[:-1] if self.solver == "heun_repa" else times  # whose last step has no corrector
 
 
 class Dopri5(AnySampler):
@@ -133,7 +144,7 @@ class EulerMaruyama(AnySampler):
 
     @property
     def call_times(self) -> list[float] | None:
-        """Paper time of each velocity evaluation."""
+        """Paper time by which each velocity evaluation decides on guidance."""
         if self.last_step_size == 0:
             return [step / self.num_steps for step in range(self.num_steps)]
         return [(1 - self.last_step_size) * step / (self.num_steps - 1) for step in range(self.num_steps)]

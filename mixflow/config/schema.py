@@ -18,6 +18,8 @@ _SCHEMA_HEADER = """\
 def schema_text() -> str:
     """Return the JSON schema of config files, as YAML: no required keys, no defaults, no unknown keys."""
     schema = _relaxed(Config.model_json_schema())
+    for definition in schema["$defs"].values():
+        definition["properties"] = {key: _or_null(part) for key, part in definition["properties"].items()}
     for section in schema["properties"].values():
         if "patternProperties" not in section:
             continue  # a plain value, such as `image`
@@ -44,3 +46,9 @@ def _relaxed(node: Any, names: bool = False) -> Any:
         node["additionalProperties"] = False
     mappings = ("properties", "patternProperties", "$defs")
     return {key: _relaxed(part, names=key in mappings) for key, part in node.items()}
+
+
+def _or_null(node: Any) -> Any:
+    """Let a value be null, which takes an inherited key away."""
+    options = node["anyOf"] if set(node) == {"anyOf"} else [node]
+    return node if {"type": "null"} in options else {"anyOf": [*options, {"type": "null"}]}

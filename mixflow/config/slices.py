@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from mixflow.config.checks import check_pair
-from mixflow.config.entries import Checkpoint, Column, Pair
+from mixflow.config.entries import Checkpoint, Classifier, Column, ImageNet, Pair, Row
 from mixflow.config.samplers import Dopri5
 from mixflow.runtime.errors import UserError, did_you_mean
 
@@ -16,12 +16,57 @@ if TYPE_CHECKING:
     from mixflow.config.resolved import Config
 
 
+REHEARSAL_NOTE = (
+    "This is a rehearsal: few steps, few images, and small random stand-ins for weights and ImageNet. The numbers mean "
+    "nothing."
+)
+
+
+def _slice_stand_ins(config: Config) -> dict[str, Any]:
+    if config.stand_ins is None:
+        raise UserError("stand_ins: missing from the config: only the rehearsal has any, name its file with --config")
+    folder = config.stand_ins.folder + "/"
+
+    def made(section: str) -> Iterator[tuple[str, Any, list[str]]]:
+        """Yield (name, entry, files to make) of the entries whose download lies among the stand-ins."""
+        for name, entry in getattr(config, section).items():
+            download = entry.weights and entry.weights.download if section == "checkpoints" else entry.download
+            source = config.downloads[download] if download else None
+            if source and source.folder and f"{source.folder}/".startswith(folder):
+                yield name, entry, [f"{source.folder}/{file}" for file in source.files]
+
+    images = {
+        dataset.folder: {"num_classes": dataset.num_classes, "num_images": dataset.num_images}
+        for dataset in config.datasets.values()
+        if isinstance(dataset, ImageNet) and dataset.folder.startswith(folder)
+    }
+    extractors = {name: files[0] for name, _, files in made("extractors")}
+    resolutions = {dataset.reference: dataset.resolution for dataset in config.datasets.values()}
+    return {
+        "folder": config.stand_ins.folder,
+        "seed": config.stand_ins.seed,
+        "images": images,
+        "networks": {files[0]: config.network_options(name) for name, _, files in made("checkpoints")},
+        "autoencoders": {files[0]: entry.dump("download", "kind") for _, entry, files in made("autoencoders")},
+        "encoders": {files[0]: entry.num_features for _, entry, files in made("encoders")},
+        "extractors": sorted(extractors.values()),
+        "references": {
+            files[0]: {"resolution": resolutions[name], "extractor": extractors[entry.extractor]}
+            for name, entry, files in made("references")
+        },
+    }
+
+
+def _slice_download(config: Config, name: str) -> dict[str, Any]:
+    return {"download": name, "source": config.get("downloads", name).dump()}
+
+
 def _slice_cache_latents(config: Config, name: str) -> dict[str, Any]:
     entry = config.get("latents", name)
     return {
         "latents": name,
-        "dataset": config.dataset_of(name).dump("reference"),
-        "autoencoder": config.autoencoder_of(name).dump(),
+        "dataset": config.dataset_of(name).dump("reference", "folder"),
+        "autoencoder": config.autoencoder_of(name).dump("download"),
         "shard_size": entry.shard_size,
     }
 
@@ -33,7 +78,7 @@ def _slice_train(config: Config, name: str) -> dict[str, Any]:
     return {
         "checkpoint": name,
         "train": {**train.dump("model"), "model": config.network_options(name)},
-        "autoencoder": config.autoencoder_of(train.latents).dump(),
+        "autoencoder": config.autoencoder_of(train.latents).dump("download"),
     }
 
 
@@ -41,8 +86,9 @@ def _slice_import_weights(config: Config, name: str) -> dict[str, Any]:
     weights = config.get("checkpoints", name).weights
     if weights is None:
         raise UserError(f"checkpoints.{name} is trained here: train it instead of importing it")
-    model = config.network_options(name)
-    return {"checkpoint": name, "weights": {**weights.dump("model", "latents", "interpolant"), "model": model}}
+    published = {} if weights.download is None else {"source": config.downloads[weights.download].dump()}
+    own = {**weights.dump("model", "latents", "interpolant"), **published, "model": config.network_options(name)}
+    return {"checkpoint": name, "weights": own}
 
 
 def _slice_sample(config: Config, checkpoint: str, sampler: str) -> dict[str, Any]:
@@ -55,7 +101,7 @@ def _slice_sample(config: Config, checkpoint: str, sampler: str) -> dict[str, An
         "sampler_name": sampler,
         "sampler": config.samplers[sampler].dump(),
         "model": config.network_options(checkpoint),
-        "autoencoder": config.autoencoder_of(origin.latents).dump(),
+        "autoencoder": config.autoencoder_of(origin.latents).dump("download"),
         "num_classes": dataset.num_classes,
         "resolution": dataset.resolution,
         **interpolant,
@@ -64,19 +110,22 @@ def _slice_sample(config: Config, checkpoint: str, sampler: str) -> dict[str, An
 
 def _slice_train_extractor(config: Config, name: str) -> dict[str, Any]:
     entry = config.get("extractors", name)
+    if not isinstance(entry, Classifier):
+        raise UserError(f"extractors.{name} is downloaded: there is nothing to train")
     return {
         "extractor_name": name,
         "extractor": entry.dump(),
-        "autoencoder": config.autoencoder_of(entry.latents).dump(),
+        "autoencoder": config.autoencoder_of(entry.latents).dump("download"),
     }
 
 
 def _slice_make_reference(config: Config, name: str) -> dict[str, Any]:
     entry = config.get("references", name)
+    encoded = {} if entry.latents is None else {"autoencoder": config.autoencoder_of(entry.latents).dump("download")}
     return {
         "reference_name": name,
         "reference": entry.dump(),
-        "autoencoder": config.autoencoder_of(entry.latents).dump(),
+        **encoded,
         "extractor": config.extractors[entry.extractor].network(),
     }
 
@@ -110,23 +159,28 @@ def network_calls(sampler: Any) -> int:
 def _slice_row(config: Config, table: str, name: str) -> dict[str, Any]:
     row = config.row(table, name)
     columns = [
-        {"metric": column.metric, **_sampler_of(config, column)} if row.checkpoint else {"metric": column.metric}
+        {"metric": column.metric, **_sampler_of(config, row, column)} if row.checkpoint else {"metric": column.metric}
         for column in config.tables[table].columns
     ]
-    made_by = {} if row.checkpoint is None else {"made_by": _made_by(config.checkpoints[row.checkpoint])}
-    return {"table": table, "row": name, **row.dump("name"), "columns": columns, **made_by}
+    made_by = {} if row.checkpoint is None else {"made_by": _made_by(config, config.checkpoints[row.checkpoint])}
+    own = list(dict.fromkeys((row.samplers or {}).values()))
+    sampled_by = [f"{config.samplers[name].description} ({config.samplers[name].protocol})" for name in own]
+    protocol = {"sampled_by": sampled_by} if sampled_by else {}
+    return {"table": table, "row": name, **row.dump("name", "samplers"), "columns": columns, **made_by, **protocol}
 
 
-def _sampler_of(config: Config, column: Column) -> dict[str, Any]:
-    assert column.sampler is not None
-    sampler = config.samplers[column.sampler]
+def _sampler_of(config: Config, row: Row, column: Column) -> dict[str, Any]:
+    name = row.sampler_of(column)
+    sampler = config.samplers[name]
     steps = {} if isinstance(sampler, Dopri5) else {"num_steps": sampler.num_steps}
-    return {"sampler": column.sampler, "guidance": sampler.guidance.scale, **steps}
+    return {"sampler": name, "guidance": sampler.guidance.scale, **steps}
 
 
-def _made_by(checkpoint: Checkpoint) -> dict[str, Any]:
-    if checkpoint.train is None:
-        return {"file": checkpoint.origin.dump()["file"]}
+def _made_by(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
+    if checkpoint.weights is not None:
+        weights = checkpoint.weights
+        return {"file": weights.file if weights.download is None else config.downloads[weights.download].address}
+    assert checkpoint.train is not None
     shown = ("init", "law", "gamma", "shift", "num_steps", "batch_size", "learning_rate", "seed")
     return {key: checkpoint.train.dump()[key] for key in shown}
 
@@ -138,9 +192,11 @@ def _slice_figure(config: Config, table: str, figure: str) -> dict[str, Any]:
     arms = [{"label": row.label, "row": row.key, "checkpoint": row.checkpoint} for row in entry.rows if row.checkpoint]
     settings = {"table": table, "figure": figure, "arms": arms}
     if figure == "samples":  # those of the most careful sampler
-        names = [column.sampler for column in entry.columns if column.sampler is not None]
-        sampler = max(names, key=lambda name: network_calls(config.samplers[name]))
-        settings |= {"sampler": sampler, "title": config.samplers[sampler].description}
+        columns = [column for column in entry.columns if column.sampler is not None]
+        shown = max(columns, key=lambda column: network_calls(config.samplers[column.sampler]))
+        for arm in arms:
+            arm["sampler"] = config.row(table, arm["row"]).sampler_of(shown)
+        settings["title"] = config.samplers[shown.sampler].description
     return settings
 
 
@@ -154,10 +210,16 @@ def _slice_render(config: Config, name: str) -> dict[str, Any]:
         if sampler:
             columns[-1] |= {"sampler": column.sampler or "", "protocol": sampler.protocol}
     rows = [row.key for row in table.rows]
-    return {"table": name, "columns": columns, "rows": rows, **table.dump("columns", "rows")}
+    settings = {"table": name, "columns": columns, "rows": rows, **table.dump("columns", "rows")}
+    if config.stand_ins is not None:
+        settings["title"] = f"REHEARSAL: {table.title}"
+        settings["notes"] = [REHEARSAL_NOTE, *settings["notes"]]
+    return settings
 
 
 SLICES: dict[str, Callable[..., dict[str, Any]]] = {
+    "stand_ins": _slice_stand_ins,
+    "download": _slice_download,
     "cache_latents": _slice_cache_latents,
     "train": _slice_train,
     "import_weights": _slice_import_weights,

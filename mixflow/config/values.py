@@ -40,6 +40,7 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), TEXT]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), TEXT]
 Fraction = Annotated[float, Field(ge=0, le=1), TEXT]
 BelowOne = Annotated[float, Field(ge=0, lt=1), TEXT]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 
 Precision = Literal["fp32", "tf32", "bf16"]

@@ -9,19 +9,22 @@ from mixflow.runtime.errors import UserError, did_you_mean
 
 # law -> (t, m) before the shift; slowed(t) is U[(1 - gamma) t, t]
 LAWS = (
-    "uniform",  #       t ~ U[0,1]                     m = t           flow matching
-    "logit_normal",  #  t = sigmoid(z), z ~ N(0,1)     m = t           Stable Diffusion 3
-    "beta",  #          t ~ Beta(2,1)                  m = t           MixFlow's t alone
-    "mixflow",  #       t ~ Beta(2,1)                  m = slowed(t)   the paper
-    "matched",  #       t = m                          m as mixflow's  MixFlow's inputs, told their true time
-    "blind",  #         t ~ Beta(2,1)                  m as mixflow's, independent of t
+    "uniform",  #         t ~ U[0,1]                    m = t           flow matching
+    "logit_normal",  #    t = sigmoid(z), z ~ N(0,1)    m = t           Stable Diffusion 3
+    "beta",  #            t ~ Beta(2,1)                 m = t           MixFlow's t alone
+    "mixflow",  #         t ~ Beta(2,1)                 m = slowed(t)   the paper
+    "matched",  #         t = m                         m as mixflow's  MixFlow's inputs, told their true time
+    "blind",  #           t ~ Beta(2,1)                 m as mixflow's, independent of t
+    "uniform_slowed",  #  t ~ U[0,1]                    m = slowed(t)   the paper's ablation of the law of t
+    "uniform_any",  #     t ~ U[0,1]                    m ~ U[0,1], independent: its ablation of the range of m
+    "beta_any",  #        t ~ Beta(2,1)                 m ~ U[0,1], independent: both
 )
 
 
 def time_pair(
-    uniforms: Tensor,  # [3,n] in [0, 1): behind t, behind the slowing, and behind the other t of `blind`
+    uniforms: Tensor,  # [3,n] in [0, 1): behind t, behind the slowing, and behind an m that is independent of t
     law: str,  #         one of LAWS
-    gamma: float = 0.0,  # largest slowing, in [0, 1]; acts in `mixflow`, `matched` and `blind`
+    gamma: float = 0.0,  # largest slowing, in [0, 1]; acts in `mixflow`, `matched`, `blind` and `uniform_slowed`
     shift: float = 1.0,  # see shift_time
 ) -> tuple[Tensor, Tensor]:
     """Return (t, m), float32 [n] each, in paper time: t is what the network is told, x_m is what it is fed.
@@ -38,8 +41,10 @@ def time_pair(
     t = shift_time(_label_time(u_t, law), shift)
     if law in ("uniform", "logit_normal", "beta"):
         m = t
-    elif law in ("mixflow", "matched"):
+    elif law in ("mixflow", "matched", "uniform_slowed"):
         m = t * (1 - gamma * u_m)
+    elif law in ("uniform_any", "beta_any"):
+        m = shift_time(u_other, shift)
     else:
         m = shift_time(_label_time(u_other, law), shift) * (1 - gamma * u_m)
     if law == "matched":
@@ -74,7 +79,7 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
 
 def _label_time(u: Tensor, law: str) -> Tensor:
     """Uniforms [n] -> t [n] by the inverse distribution function."""
-    if law == "uniform":
+    if law.startswith("uniform"):
         return u
     if law == "logit_normal":
         return torch.special.ndtri(u).sigmoid()

@@ -50,6 +50,8 @@ def _describe_safetensors(path: Path) -> dict[str, Any]:
     saved = json.loads(metadata.get("mixflow", "{}"))
     if saved.get("kind") == "classifier":
         return {**saved, "kind": "feature network"}
+    if saved.get("kind") == "adm reference":
+        return {**saved, "kind": "reference"}
     return _describe_weights(path)
 
 
@@ -108,6 +110,8 @@ def _describe_json(path: Path) -> dict[str, Any]:
         return {"kind": "metrics", **value["metrics"], "images sampled": value["num_images"]}
     if "cells" in value:
         return {"kind": "table row", **value}
+    if {"download", "files"} <= set(value):
+        return {"kind": "download", **value}
     if set(value) == {"step", "loss"}:
         last = value["loss"][-1] if value["loss"] else None
         return {"kind": "losses", "steps": value["step"][-1] if value["step"] else 0, "last_loss": last}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,7 @@ def make_row(settings: dict[str, Any], *, out: Path, root: Path = Path()) -> Non
 
     A cell whose metrics.json is not there is left empty, and the row says "not run".
     """
-
-    def read(path: str) -> Any:
-        return read_json(root / path) if (root / path).exists() else None
-
-    write_json(out, build_row(settings, read))
+    write_json(out, build_row(settings, _reader(root)))
 
 
 def render(
@@ -39,6 +35,19 @@ def render(
     embedded = {name: str(path) for name, path in shown.items()}
     _write(markdown, render_markdown(settings, ordered, linked))
     _write(page, render_html(settings, ordered, embedded))
+
+
+def preview(settings: dict[str, Any], rows: list[dict[str, Any]], root: Path = Path()) -> str:
+    """Return a table as Markdown from the metrics that there are below `root`; what is missing reads "not run yet".
+
+    `settings` is the slice `render` of the config, `rows` its slices `row`. Nothing is written.
+    """
+    return render_markdown(settings, [build_row(row, _reader(root)) for row in rows], {})
+
+
+def _reader(root: Path) -> Callable[[str], Any]:
+    """Return a function from a path to the JSON there, None where there is none."""
+    return lambda path: read_json(root / path) if (root / path).exists() else None
 
 
 def _in_order(settings: dict[str, Any], files: list[Path]) -> list[Row]:

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mixflow.autoencoders import Autoencoder, load_autoencoder
 from mixflow.config import slice_key
-from mixflow.data.latents import DataOrder, LatentCache, LatentSplit
+from mixflow.data.latents import DataOrder, LatentCache, LatentSplit, Prefetcher
 from mixflow.flow import INTERPOLANTS, flow_matching_loss, time_pair
-from mixflow.models import build_model, load_model, save_model
+from mixflow.models import REPA, SiT, build_model, check_projectors, load_dinov2, save_model
 from mixflow.runtime.devices import start_accelerator
+from mixflow.runtime.downloads import downloaded_file
 from mixflow.runtime.errors import UserError
 from mixflow.runtime.files import WorkFolder, write_json
 from mixflow.runtime.progress import log
 from mixflow.runtime.provenance import RunRecord
 from mixflow.runtime.seeds import Stream, normal, uniform
 from mixflow.runtime.stopping import StopRequest
-from mixflow.training import Recipe, train
+from mixflow.stages.networks import network_from_file
+from mixflow.training import Recipe, aligned_flow_matching_loss, micro_batches, train
 
 MAX_LOG_EVERY = 50  # steps; short runs log about a hundred times
 
@@ -33,6 +36,8 @@ def run(
     init: Path | None,  # weights of the parent, None when training from scratch
     out: Path,  # model.safetensors: EMA weights; losses.json and run.json are written beside it
     scratch: Path,
+    pixels: Path | None = None,  # index.json of the cached images, and
+    encoder: Path | None = None,  # record of the downloaded image encoder: what REPA's alignment needs
     tensorboard: Path | None = None,
     micro_batch: int | None = None,
     save_every_seconds: float = 20.0,
@@ -41,23 +46,28 @@ def run(
 ) -> None:
     """Train as the slice `train` of the config says; running it again after any interruption continues."""
     recipe = settings["train"]
-    parents = {"latents": latents, **({"init": init} if init else {})}
-    record = RunRecord("train", settings, parents)
+    name = settings["checkpoint"]
+    parents = {"latents": latents, "init": init, "pixels": pixels}
+    if encoder is not None:
+        parents["encoder"] = downloaded_file(encoder)
+    record = RunRecord("train", settings, {role: path for role, path in parents.items() if path})
     stop = StopRequest(time_budget_minutes)
     accelerator = start_accelerator(recipe["precision"], expected_gpus)
-    cache = LatentCache(latents)
-    work = WorkFolder(scratch, "train", settings["checkpoint"], slice_key(settings, *record.parent_hashes.values()))
+    caches = [LatentCache(path) for path in (latents, pixels) if path]
+    work = WorkFolder(scratch, "train", name, slice_key(settings, *record.parent_hashes.values()))
     if accelerator.is_main_process:
-        cache.verify()
+        for cache in caches:
+            cache.verify()
         work.open()
     accelerator.wait_for_everyone()
     if record.already_made(out.parent / "run.json"):
-        log.info("%s: already made, nothing to do", settings["checkpoint"])
+        log.info("%s: already made, nothing to do", name)
         work.remove()
         return
 
     network = _network(recipe, init).to(accelerator.device)
-    _check_shapes(settings, network, cache, latents)
+    _check_cache(settings, caches[0])
+    alignment = _alignment(settings, caches[1:], parents.get("encoder"), network, accelerator.device)
     if recipe["compile"]:
         network.compile()
     writer = None
@@ -73,7 +83,14 @@ def run(
     ema, history = train(
         accelerator,
         network,
-        make_loss(recipe, cache.split("train"), load_autoencoder(settings["autoencoder"]), accelerator.device),
+        make_loss(
+            recipe,
+            caches[0].split("train"),
+            load_autoencoder(settings["autoencoder"]),
+            accelerator.device,
+            alignment=alignment,
+            schedule=micro_batches(recipe["batch_size"], accelerator, micro_batch),
+        ),
         Recipe(
             num_steps=recipe["num_steps"],
             batch_size=recipe["batch_size"],
@@ -85,7 +102,7 @@ def run(
             ema_decay=recipe["ema_decay"],
         ),
         work.path / "resume.pt",
-        name=settings["checkpoint"],
+        name=name,
         micro_batch=micro_batch,
         save_every_seconds=save_every_seconds,
         log_every=min(max(recipe["num_steps"] // 100, 1), MAX_LOG_EVERY),
@@ -95,14 +112,30 @@ def run(
     if accelerator.is_main_process:
         losses = out.parent / "losses.json"
         write_json(losses, history)
-        save_model(out, ema, recipe["model"])
+        save_model(out, ema, {"family": recipe["model"]["family"], **network.options})
         images = recipe["num_steps"] * recipe["batch_size"]
         record.write(out.parent / "run.json", [out, losses], images=images, final_loss=history["loss"][-1])
         work.remove()
-        log.info("%s: weights in %s", settings["checkpoint"], out)
+        log.info("%s: weights in %s", name, out)
     if writer is not None:
         writer.close()
     accelerator.end_training()
+
+
+class Alignment(NamedTuple):
+    """What REPA's alignment needs besides the latents."""
+
+    pixels: LatentSplit  # the images behind the latents, in the same order
+    encoder: nn.Module  # uint8 [b,3,H,W] -> patch features [b,N,D]
+    coefficient: float
+
+
+class _Batch(NamedTuple):
+    """What a micro-batch reads from disk; on a machine with a GPU in pinned memory."""
+
+    stored: Tensor
+    labels: Tensor
+    pixels: Tensor | None
 
 
 def make_loss(
@@ -110,6 +143,9 @@ def make_loss(
     images: LatentSplit,
     autoencoder: Autoencoder,
     device: torch.device,
+    *,
+    alignment: Alignment | None = None,
+    schedule: Sequence[Tensor] = (),  # the micro-batches of a step: known in advance, the next one is read ahead
 ) -> Callable[[nn.Module, int, Tensor], Tensor]:
     """Return the loss of a step: every draw depends on (seed, step, position in the global batch) alone."""
     seed, batch_size = recipe["seed"], recipe["batch_size"]
@@ -118,21 +154,52 @@ def make_loss(
     shape = network_input_shape(recipe["model"])
     order = DataOrder(len(images), seed)
 
-    def loss(wrapped: nn.Module, step: int, positions: Tensor) -> Tensor:
-        stored, labels = images.gather(order[step * batch_size + positions.numpy()])
-        positions = positions.to(device, non_blocking=True)
-        stored, labels = _to_device(stored, device), _to_device(labels, device)
-        data = autoencoder.latents(stored, None)  # [b,C,h,w]
+    def read(key: tuple[int, tuple[int, ...]]) -> _Batch:
+        step, positions = key
+        chosen = order[step * batch_size + np.array(positions)]
+        mirrored = None
         if recipe["horizontal_flip"]:
-            flip = uniform(seed, Stream.FLIP, step, positions)[:, :, None, None] < 0.5
-            data = torch.where(flip, data.flip(-1), data)
+            mirrored = (uniform(seed, Stream.FLIP, step, torch.tensor(positions))[:, 0] < 0.5).numpy()
+        stored, labels = images.gather(chosen, mirrored)
+        pixels = alignment.pixels.gather(chosen, mirrored)[0] if alignment else None
+        if device.type == "cuda":
+            stored, labels = stored.pin_memory(), labels.pin_memory()
+            pixels = None if pixels is None else pixels.pin_memory()
+        return _Batch(stored, labels, pixels)
+
+    keys = [tuple(positions.tolist()) for positions in schedule]
+    number_of = {key: number for number, key in enumerate(keys)}
+    reader = Prefetcher(read)
+
+    def fetch(step: int, positions: Tensor) -> _Batch:
+        key = tuple(positions.tolist())
+        if key not in number_of:
+            return reader.get((step, key))
+        later, number = divmod(number_of[key] + 1, len(keys))
+        following = [(step + later, keys[number])] if step + later < recipe["num_steps"] else []
+        return reader.get((step, key), *following)
+
+    def loss(wrapped: nn.Module, step: int, positions: Tensor) -> Tensor:
+        batch = fetch(step, positions)
+        stored, labels = batch.stored.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
+        positions = positions.to(device, non_blocking=True)
+        posterior = normal(seed, Stream.POSTERIOR, step, positions, shape) if autoencoder.is_random else None
+        data = autoencoder.latents(stored, posterior)  # [b,C,h,w]
         noise = normal(seed, Stream.NOISE, step, positions, shape)
         uniforms = uniform(seed, Stream.TIME, step, positions, 3).T  # [3,b]
         t, m = time_pair(uniforms, recipe["law"], gamma=recipe["gamma"], shift=recipe["shift"])
         drop = None  # without dropout the network has no null class
         if label_dropout > 0:
             drop = uniform(seed, Stream.LABEL_DROPOUT, step, positions)[:, 0] < label_dropout
-        return flow_matching_loss(lambda x, t: wrapped(x, t, labels, drop=drop), noise, data, t, m, interpolant)
+        if alignment is None:
+            return flow_matching_loss(lambda x, t: wrapped(x, t, labels, drop=drop), noise, data, t, m, interpolant)
+
+        def network(x: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor]]:
+            return wrapped(x, t, labels, drop=drop, with_projections=True)
+
+        assert batch.pixels is not None
+        targets = [alignment.encoder(batch.pixels.to(device, non_blocking=True))]
+        return aligned_flow_matching_loss(network, noise, data, t, m, interpolant, targets, alignment.coefficient)
 
     return loss
 
@@ -142,24 +209,49 @@ def network_input_shape(model: dict[str, Any]) -> tuple[int, int, int]:
     return model["in_channels"], model["input_size"], model["input_size"]
 
 
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
-def _network(recipe: dict[str, Any], init: Path | None) -> nn.Module:
+def _network(recipe: dict[str, Any], init: Path | None) -> SiT:
+    if init is not None:
+        return network_from_file(recipe["model"], init)
     options = dict(recipe["model"])
     family = options.pop("family")
-    if init is not None:
-        return load_model(family, init, **{key: options[key] for key in ("num_heads", "label_dropout")})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe["seed"])
         return build_model(family, **options)
 
 
-def _check_shapes(settings: dict[str, Any], network: nn.Module, cache: LatentCache, index: Path) -> None:
+def _alignment(
+    settings: dict[str, Any],
+    caches: list[LatentCache],
+    encoder: Path | None,
+    network: SiT,
+    device: torch.device,
+) -> Alignment | None:
+    """Return the images and their encoder where the recipe aligns. Raises `UserError` for what does not fit."""
+    recipe, name = settings["train"], settings["checkpoint"]
+    align = recipe.get("align")
+    if align is None:
+        if isinstance(network, REPA):
+            network.projectors.requires_grad_(False)  # they get no gradient, which DDP would wait for
+        return None
+    if not caches or encoder is None:
+        raise UserError(f"'{name}' aligns with '{align['encoder']}': give --pixels and --encoder, or set align to null")
+    model = recipe["model"]
+    features = load_dinov2(encoder, grid=model["input_size"] // model["patch_size"])
+    check_projectors(network, [features.width], f"'{name}'")
+    return Alignment(caches[0].split("train"), features.to(device), align["coefficient"])
+
+
+def _check_cache(settings: dict[str, Any], cache: LatentCache) -> None:
+    """Check that the latents are those that the entry asks for: their shape, and the autoencoder behind them."""
     wanted = network_input_shape(settings["train"]["model"])
     if tuple(cache.latent_shape) != wanted:
         raise UserError(
-            f"'{settings['checkpoint']}' takes latents of shape {list(wanted)} but '{index}' holds "
+            f"'{settings['checkpoint']}' takes latents of shape {list(wanted)} but '{cache.index_path}' holds "
             f"{list(cache.latent_shape)}: name other latents in its entry, or another model"
         )
+    if cache.num_classes > settings["train"]["model"]["num_classes"]:
+        raise UserError(
+            f"'{settings['checkpoint']}' knows {settings['train']['model']['num_classes']} classes but "
+            f"'{cache.index_path}' has {cache.num_classes}: name other latents in its entry, or another model"
+        )
+    cache.check_autoencoder(settings["autoencoder"])

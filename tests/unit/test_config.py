@@ -63,6 +63,8 @@ samplers:
     guidance: {scale: 1.0, channels: all, interval: [0.0, 1.0]}
     labels: balanced
     num_images: 2000
+    to_uint8: round
+    state: float32
     precision: fp32
     seed: 100
   euler50-cfg2:
@@ -91,7 +93,7 @@ tables:
 def changed(changes: dict[str, Any]) -> dict[str, Any]:
     """Return BASE with values set at dotted paths (slashes, for names hold dots); a value of ... removes the key."""
     raw = copy.deepcopy(BASE)
-    for path, value in changes.items():
+    for path, value in copy.deepcopy(changes).items():
         *parents, last = path.split("/")
         node: Any = raw
         for part in parents:
@@ -114,6 +116,25 @@ SDE = {
     "last_step": "mean",
     "last_step_size": 0.04,
 }
+
+# ImageNet in an autoencoder's latents, a published network, and its post-training with REPA's alignment.
+IMAGENET: dict[str, Any] = {
+    "downloads/vae": {"repo": "a/vae", "revision": "main", "files": ["config.json", "vae.safetensors"]},
+    "downloads/dino": {"url": "https://example.org/dino.pth", "files": ["dino.pth"]},
+    "downloads/own": {"folder": "weights", "files": ["own.pt"]},
+    "datasets/imagenet": {"kind": "imagenet", "folder": "data", "resolution": 64, "num_classes": 5, "num_images": 50,
+                          "reference": "digits"},
+    "autoencoders/vae": {"kind": "sd_vae", "download": "vae", "channels": 4, "downsampling": 8, "scale": 0.18215,
+                         "precision": "fp32"},
+    "latents/imagenet": {"dataset": "imagenet", "autoencoder": "vae", "shard_size": 16},
+    "latents/imagenet-pixels": {"dataset": "imagenet", "autoencoder": "pixels", "shard_size": 16},
+    "encoders/dino": {"kind": "dinov2", "download": "dino", "num_features": 64},
+    "checkpoints/own": {"weights": {"download": "own", "latents": "imagenet", "model": {
+        "family": "repa", "hidden_size": 64, "depth": 3, "num_heads": 4, "patch_size": 2, "label_dropout": 0.1,
+        "encoder_depth": 2, "z_dims": [64], "projector_dim": 32, "qk_norm": False}}},
+    "checkpoints/aligned": {"extends": "base", "train": {"init": "own", "latents": "imagenet", "model": None,
+        "align": {"encoder": "dino", "images": "imagenet-pixels", "coefficient": 0.5}}},
+}  # fmt: skip
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({f"{TRAIN}/learning_rate": "1e-5"},
@@ -217,6 +238,41 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
      "tables.demo.rows.0: the row 'x' needs a 'checkpoint': name one, or write quoted: true"),
     ({"tables/demo/rows/0/label": 5}, "tables.demo.rows.0.label: 5 is not text: put it in quotes"),
     ({"tables/demo/figures": ["sample"]}, "tables.demo.figures.0: 'sample' is not known; did you mean 'samples'?"),
+    ({**IMAGENET, "downloads/vae/url": "https://example.org/x"},
+     "downloads.vae: a download has one of 'repo', 'url' and 'folder', here repo and url: write one, set others null"),
+    ({**IMAGENET, "downloads/vae/revision": ...},
+     "downloads.vae.revision: goes with 'repo', so that a moving repository is noticed: write both or neither"),
+    ({**IMAGENET, "downloads/vae/sha256": {"confg.json": "0" * 64}},
+     "downloads.vae.sha256.confg.json: is not one of the files; did you mean 'config.json'?"),
+    ({**IMAGENET, "downloads/vae/sha256": {"config.json": "0"}}, "downloads.vae.sha256.config.json: '0' does not fit"),
+    ({**IMAGENET, "autoencoders/vae/download": "va"},
+     "autoencoders.vae.download: 'va' is not one of the downloads; did you mean 'vae'?"),
+    ({**IMAGENET, "datasets/imagenet/resolution": 60},
+     "latents.imagenet.autoencoder: 'vae' takes colour images whose size is a multiple of 8, but 'imagenet' has 3 "
+     "channels at 60: name another dataset or autoencoder"),
+    ({**IMAGENET, "checkpoints/own/weights/file": "own.pt"},
+     "checkpoints.own.weights: weights have either 'file' or 'download': write one of the two"),
+    ({**IMAGENET, "checkpoints/own/weights/sha256": "0" * 64},
+     "checkpoints.own.weights.sha256: stands in the entry of the download: move it there"),
+    ({**IMAGENET, "checkpoints/own/weights/model/encoder_depth": 4},
+     "checkpoints.own.weights.model.encoder_depth: 4 is beyond the 3 blocks: lower it"),
+    ({**IMAGENET, "encoders/dino/num_features": 768},
+     "checkpoints.aligned.train.align.encoder: 'dino' has 768 features but the projectors of 'aligned' have [64]: name "
+     "the encoder that they were made for"),
+    ({**IMAGENET, "checkpoints/aligned/train/align/images": "imagenet"},
+     "checkpoints.aligned.train.align.images: 'imagenet' holds no pixels: name latents with the autoencoder pixels"),
+    ({**IMAGENET, "checkpoints/aligned/train/align/images": "digits"},
+     "checkpoints.aligned.train.align.images: 'digits' holds 'digits', the latents are of 'imagenet': name pixels of "
+     "the same dataset"),
+    ({"encoders/dino": IMAGENET["encoders/dino"], "downloads/dino": IMAGENET["downloads/dino"],
+      f"{TRAIN}/align": {"encoder": "dino", "images": "digits", "coefficient": 0.5}},
+     "checkpoints.base.train.align: a sit network has no projectors to align: take family repa, or leave it out"),
+    ({"references/digits/download": "x"},
+     "references.digits: a reference has either 'latents' or 'download': write one of the two"),
+    ({"tables/demo/rows/0/samplers": {"euler5": "euler50"}},
+     "tables.demo.rows.base.samplers: no column has the sampler 'euler5' to take the place of"),
+    ({"tables/demo/rows/0/samplers": {"euler50": "euler5"}},
+     "tables.demo.rows.base.samplers: 'euler5' is not one of the samplers; did you mean 'euler50'?"),
     ({"sampler": {}}, "'sampler' is not a key here; did you mean 'samplers'?"),
     ({"samplers": ...}, "samplers: missing, and nothing has a default: add it"),
     ({"samplers": 3}, "samplers: 3 is not a mapping: write keys and values"),
@@ -323,6 +379,9 @@ def test_lookups() -> None:
         ({"guidance": {"scale": 2.0}}, 100),
         ({"num_steps": 10, "guidance": {"scale": 2.0, "interval": [0.3, 0.7]}}, 15),  # t = .3 .4 .5 .6 .7
         ({**SDE, "num_steps": 250}, 250),
+        ({"solver": "heun_repa", "num_steps": 10}, 19),
+        # REPA: "250 steps, hi 0.7: 172 of 250 calls guided"
+        ({**SDE, "num_steps": 250, "guidance": {"scale": 1.8, "interval": [0.3, 1.0]}}, 250 + 172),
         ({"solver": "dopri5", "num_steps": None, "atol": 1e-6, "rtol": 1e-3}, None),
     ],
 )
@@ -335,7 +394,9 @@ def every_slice(config: Config) -> dict[str, str]:
     """Return the JSON of every job's settings."""
     jobs: list[tuple[str, ...]] = [("cache_latents", name) for name in config.latents]
     jobs += [("train", name) for name in config.trained_checkpoints()]
-    jobs += [("train_extractor", name) for name in config.extractors]
+    jobs += [("download", name) for name in config.downloads]
+    jobs += [("import_weights", name) for name in config.imported_checkpoints()]
+    jobs += [("train_extractor", name) for name, entry in config.extractors.items() if entry.kind == "classifier"]
     jobs += [("make_reference", name) for name in config.references]
     for table, entry in config.tables.items():
         jobs += [(stage, *pair) for pair in config.cells(table) for stage in ("sample", "evaluate")]
@@ -363,6 +424,7 @@ TOUCHED: list[tuple[dict[str, Any], set[str]]] = [
     ({"datasets/digits/seed": 1}, {"cache_latents digits"}),
     ({"extractors/small/learning_rate": 0.1}, {"train_extractor small"}),
     ({"extractors/small/width": 8}, {"train_extractor small", "make_reference digits"} | ALL_METRICS),
+    ({"tables/demo/rows/1/samplers": {"euler50": "euler50-cfg2"}}, {"row demo mixflow"}),
     ({"tables/demo/title": "Other"}, {"render demo"}),
     ({"tables/demo/rows/1/note": "x"}, {"row demo mixflow"}),
     ({"tables/quoted/rows/0/paper": [9.4]}, {"row quoted sit"}),
@@ -402,8 +464,10 @@ def test_slice_key_is_stable() -> None:
 
 def test_the_shipped_config_and_its_rehearsal() -> None:
     config, rehearsal = load_config(CONFIG), load_config(CONFIG, REHEARSAL)
-    assert config.paper_tables() == ["main", "table4", "table8"]
-    for section in ("checkpoints", "samplers", "latents", "extractors", "references", "tables"):
+    assert config.paper_tables() == ["main", "table4", "gamma", "time_laws", "table8"]
+    sections = [name for name, entries in config if isinstance(entries, dict)]
+    assert {"downloads", "datasets", "checkpoints", "samplers", "tables"} <= set(sections)
+    for section in sections:
         assert list(getattr(rehearsal, section)) == list(getattr(config, section))
     assert max(entry.train.num_steps for entry in rehearsal.checkpoints.values() if entry.train) <= 100
     arms = [config.checkpoints[row.checkpoint].train for row in config.tables["digits"].rows[1:] if row.checkpoint]
@@ -550,7 +614,48 @@ def test_check_weights_file(tmp_path: Path) -> None:
     network = build_model(**full)
     save_model(file, network.state_dict(), full)
     assert check_weights_file(config_for(), "own") == str(file)
-    with pytest.raises(UserError, match="holds a SiT with depth 1, the entry says depth 2: correct one of them"):
+    with pytest.raises(UserError, match="holds a network with depth 1, the entry says depth 2: correct one of them"):
         check_weights_file(config_for(depth=2), "own")
     with pytest.raises(UserError, match="num_heads 2, the entry says num_heads 4"):
         check_weights_file(config_for(num_heads=4), "own")
+
+
+def test_every_download_of_the_rehearsal_is_made_by_itself() -> None:
+    """What the rehearsal asks for is among its stand-ins, so that it needs no network."""
+    rehearsal = load_config(CONFIG, REHEARSAL)
+    made = rehearsal.slice("stand_ins")
+    parts = ("networks", "autoencoders", "encoders", "extractors", "references")
+    files = {file for part in parts for file in made[part]}
+    datasets = [dataset for dataset in rehearsal.datasets.values() if dataset.kind == "imagenet"]
+    assert set(made["images"]) == {dataset.folder for dataset in datasets}
+    for name, download in rehearsal.downloads.items():
+        if name != "sd-vae-ft-mse":  # no entry of a table uses it
+            assert {f"{download.folder}/{file}" for file in download.files} & files, name
+
+
+def test_a_rehearsed_table_says_that_it_is_one() -> None:
+    """It has the file name of the real table."""
+    config, rehearsal = load_config(CONFIG), load_config(CONFIG, REHEARSAL)
+    for name in config.tables:
+        assert rehearsal.slice("render", name)["title"].startswith("REHEARSAL: ")
+        assert "The numbers mean nothing." in rehearsal.slice("render", name)["notes"][0]
+        assert "REHEARSAL" not in config.slice("render", name)["title"]
+
+
+def test_the_recipes_are_those_of_the_base_models() -> None:
+    config = load_config(CONFIG)
+    for name, checkpoint in config.checkpoints.items():
+        recipe = checkpoint.train
+        if recipe is None or name.startswith("digits"):
+            continue
+        optimiser = (recipe.batch_size, recipe.learning_rate, recipe.betas, recipe.weight_decay)
+        assert optimiser == (256, 1e-4, (0.9, 0.999), 0)
+        assert (recipe.ema_decay, recipe.warmup_steps, recipe.interpolant) == (0.9999, 0, "linear")
+        is_repa = name.startswith("repa")
+        assert (recipe.gradient_clip, recipe.horizontal_flip) == ((1.0, False) if is_repa else (None, True))
+        assert (recipe.align is not None) == is_repa
+        if "mixflow" in name:  # every arm has a control of the same cost
+            control = config.checkpoints[f"{recipe.init}-continued"].train
+            assert control is not None
+            assert control.model_dump(exclude={"law", "gamma"}) == recipe.model_dump(exclude={"law", "gamma"})
+            assert (control.law, control.gamma) == ("uniform", 0.0)

@@ -110,6 +110,24 @@ def test_slowed_time_lies_below_the_shifted_time(gamma, shift):
     assert ratio.max() > 1 - 1e-3
 
 
+@pytest.mark.parametrize(
+    ("law", "mean_t", "mean_m"),
+    [("uniform_slowed", 1 / 2, 0.3), ("uniform_any", 1 / 2, 1 / 2), ("beta_any", 2 / 3, 1 / 2)],
+)
+def test_the_papers_ablations_of_the_law_of_times(law, mean_t, mean_m):
+    """Section 4.1's rows: U[0,1] or Beta(2,1) for t, and U[(1-gamma) t, t] or an independent U[0,1] for m."""
+    t, m = (values.double() for values in time_pair(uniforms(400_000), law, gamma=0.8 if "slowed" in law else 0.0))
+    assert t.mean().item() == pytest.approx(mean_t, abs=2e-3)
+    assert m.mean().item() == pytest.approx(mean_m, abs=2e-3)
+    correlation = torch.corrcoef(torch.stack([t, m]))[0, 1].item()
+    if law == "uniform_slowed":
+        assert ((m <= t) & (m >= 0.2 * t - 1e-7)).all()
+        assert correlation > 0.7
+    else:
+        assert abs(correlation) < 0.01
+        assert m.var().item() == pytest.approx(1 / 12, abs=1e-3)
+
+
 @pytest.mark.parametrize("gamma", GAMMAS)
 def test_mixflow_moments_and_density_of_m(gamma):
     """E t = 2/3, Var t = 1/18, E m = (2/3)(1 - gamma/2), p(m) = (2/gamma)(min(1, m/(1-gamma)) - m)."""

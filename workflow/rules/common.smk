@@ -1,5 +1,6 @@
 # Config checks, and what the rules look up. Nothing here knows how a stage works.
 import re
+import shlex
 
 from snakemake.exceptions import WorkflowError
 
@@ -22,6 +23,7 @@ except UserError as error:
 
 wildcard_constraints:
     # Entry names are path components.
+    download="[^/]+",
     latents="[^/]+",
     checkpoint="[^/]+",
     sampler="[^/]+",
@@ -79,6 +81,57 @@ def table_files(table):
     ]
 
 
+# --- files from elsewhere
+
+
+def stand_ins(*places):
+    """The record of the stand-ins, as the input of whatever reads a file among them."""
+    made = settings.stand_ins
+    if made is None or not any(place.startswith(made.folder + "/") for place in places):
+        return []
+    return [paths.stand_ins(made.folder)]
+
+
+def download_inputs(wildcards):
+    """A download from a folder of one's own is made again when the files there change."""
+    entry = settings.get("downloads", wildcards.download)
+    if entry.folder is None:
+        return []
+    made = stand_ins(entry.folder + "/")
+    return made or [
+        f"{entry.folder}/{file}" for file in entry.files if not set(file) & set("*?")
+    ]
+
+
+def download_of(section, name):
+    """The record of an entry's download, [] where it has none."""
+    download = settings.get(section, name).download
+    return [paths.download(download)] if download else []
+
+
+def option(flag, files):
+    """A function of params: the flag with the file, nothing where there is none."""
+    return lambda wildcards, input: f"{flag} {input[files]}" if input[files] else ""
+
+
+def autoencoder_of(latents):
+    return download_of("autoencoders", settings.get("latents", latents).autoencoder)
+
+
+# --- inputs of cache_latents
+
+
+def images_of(wildcards):
+    """Images of a folder are looked at by the job itself; here only stand-ins have to be made first."""
+    folder = getattr(settings.dataset_of(wildcards.latents), "folder", None)
+    return stand_ins(folder + "/") if folder else []
+
+
+def folder_of_images(wildcards):
+    folder = getattr(settings.dataset_of(wildcards.latents), "folder", None)
+    return f"--images {shlex.quote(folder)}" if folder else ""
+
+
 # --- inputs of train and import_weights
 
 
@@ -95,8 +148,22 @@ def train_threads(wildcards):
     return 1 if settings.parent(wildcards.checkpoint) else 2
 
 
+def alignment(wildcards):
+    """What REPA's alignment needs besides the latents: the images' pixels and the encoder that looks at them."""
+    align = settings.checkpoints[wildcards.checkpoint].train.align
+    if align is None:
+        return {"pixels": [], "encoder": []}
+    return {
+        "pixels": whole_latents(align.images),
+        "encoder": download_of("encoders", align.encoder),
+    }
+
+
 def weights_file(wildcards):
-    """The user's own file, compared with its entry before any job starts."""
+    """The record of a download, or the user's own file, compared with its entry before any job starts."""
+    weights = settings.get("checkpoints", wildcards.checkpoint).weights
+    if weights.download is not None:
+        return paths.download(weights.download)
     try:
         return mixflow_config.check_weights_file(settings, wildcards.checkpoint)
     except UserError as error:
@@ -106,13 +173,33 @@ def weights_file(wildcards):
 # --- inputs of evaluate
 
 
-def reference_parts(wildcards):
+def extractor_parts(name):
+    """The network that turns images into features, with its record: trained here, or downloaded."""
+    if downloaded := download_of("extractors", name):
+        return {"extractor": downloaded, "extractor_record": []}
+    weights = paths.extractor(name)
+    return {"extractor": ancient(weights), "extractor_record": record_of(weights)}
+
+
+def reference_inputs(wildcards):
+    """What a reference is made of: cached images or a published file, and the network that sees them."""
+    entry = settings.get("references", wildcards.reference)
+    if entry.latents is not None:
+        source = whole_latents(entry.latents)
+    else:
+        source = paths.download(entry.download)
+    return {"source": source, **extractor_parts(entry.extractor)}
+
+
+def evaluate_inputs(wildcards):
     """The reference that a checkpoint's samples are compared with, and the network that sees both."""
     reference = settings.reference_of(wildcards.checkpoint)
     return {
         "reference": ancient(paths.reference(reference)),
         "reference_record": record_of(paths.reference(reference)),
-        "extractor": ancient(paths.extractor(settings.references[reference].extractor)),
+        "extractor": extractor_parts(settings.references[reference].extractor)[
+            "extractor"
+        ],
     }
 
 

@@ -21,15 +21,7 @@ rule train_extractor:
 
 rule make_reference:
     input:
-        latents=lambda wildcards: whole_latents(
-            settings.references[wildcards.reference].latents
-        ),
-        extractor=lambda wildcards: ancient(
-            paths.extractor(settings.references[wildcards.reference].extractor)
-        ),
-        extractor_record=lambda wildcards: record_of(
-            paths.extractor(settings.references[wildcards.reference].extractor)
-        ),
+        unpack(reference_inputs),
     output:
         reference=paths.reference("{reference}"),
         record=record_of(paths.reference("{reference}")),
@@ -42,12 +34,12 @@ rule make_reference:
         settings=slice_of("make_reference", "reference"),
     shell:
         "python -m mixflow make-reference {wildcards.reference:q} --settings {params.settings:q}"
-        " --latents {input.latents:q} --extractor {input.extractor:q} --out {output.reference:q} --log {log:q}"
+        " --source {input.source:q} --extractor {input.extractor:q} --out {output.reference:q} --log {log:q}"
 
 
 rule evaluate:
     input:
-        unpack(reference_parts),
+        unpack(evaluate_inputs),
         samples=ancient(paths.samples("{checkpoint}", "{sampler}")),
         samples_record=record_of(paths.samples("{checkpoint}", "{sampler}")),
     output:

@@ -1,15 +1,23 @@
 rule cache_latents:
+    input:
+        images=images_of,
+        autoencoder=lambda wildcards: autoencoder_of(wildcards.latents),
     output:
         index=paths.latents("{latents}"),
         record=record_of(paths.latents("{latents}")),
     log:
         "logs/cache_latents/{latents}.log",
-    threads: 2
+    # JPEGs are read by threads; Snakemake takes fewer where there are fewer.
+    threads: 16
     resources:
-        mem_mb=4000,
-        runtime=60,
+        mem_mb=8000,
+        runtime=1440,
     params:
         settings=slice_of("cache_latents", "latents"),
+        launch=launcher,
+        images=folder_of_images,
+        autoencoder=option("--autoencoder", "autoencoder"),
     shell:
-        "python -m mixflow cache-latents {wildcards.latents:q} --settings {params.settings:q}"
+        "{params.launch} cache-latents {wildcards.latents:q} --settings {params.settings:q}"
+        " {params.images} {params.autoencoder} --workers {threads}"
         " --out {output.index:q} --log {log:q}"

@@ -2,6 +2,9 @@ rule sample:
     input:
         weights=ancient(paths.weights("{checkpoint}")),
         weights_record=record_of(paths.weights("{checkpoint}")),
+        autoencoder=lambda wildcards: autoencoder_of(
+            settings.latents_of(wildcards.checkpoint)
+        ),
     output:
         samples=paths.samples("{checkpoint}", "{sampler}"),
         record=record_of(paths.samples("{checkpoint}", "{sampler}")),
@@ -14,6 +17,7 @@ rule sample:
     params:
         settings=slice_of("sample", "checkpoint", "sampler"),
         launch=launcher,
+        autoencoder=option("--autoencoder", "autoencoder"),
     shell:
         "{params.launch} sample {wildcards.checkpoint:q} {wildcards.sampler:q} --settings {params.settings:q}"
-        " --weights {input.weights:q} --out {output.samples:q} --log {log:q}"
+        " --weights {input.weights:q} {params.autoencoder} --out {output.samples:q} --log {log:q}"

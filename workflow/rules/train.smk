@@ -1,6 +1,7 @@
 # Resume state lives in scratch/, which Snakemake does not know: declared outputs are deleted before every attempt.
 rule train:
     input:
+        unpack(alignment),
         latents=lambda wildcards: whole_latents(
             settings.latents_of(wildcards.checkpoint)
         ),
@@ -22,10 +23,12 @@ rule train:
     params:
         settings=slice_of("train", "checkpoint"),
         launch=launcher,
-        init=lambda wildcards, input: f"--init {input.init}" if input.init else "",
+        init=option("--init", "init"),
+        pixels=option("--pixels", "pixels"),
+        encoder=option("--encoder", "encoder"),
     shell:
         "{params.launch} train {wildcards.checkpoint:q} --settings {params.settings:q}"
-        " --latents {input.latents:q} {params.init} --out {output.weights:q}"
+        " --latents {input.latents:q} {params.init} {params.pixels} {params.encoder} --out {output.weights:q}"
         " --tensorboard logs/tensorboard/{wildcards.checkpoint:q}"
         " --log {log:q}"
 

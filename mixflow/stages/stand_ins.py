@@ -1,0 +1,158 @@
+"""Stand-ins: small random files in the peers' formats, so that every rule can be rehearsed without weights or ImageNet.
+
+They differ from the real files in size and content alone; whatever reads them runs the code that reads the real ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from mixflow.evaluation import moments
+from mixflow.evaluation.inception import load_inception, tiny_inception_state_dict
+from mixflow.models import build_model
+from mixflow.runtime.errors import UserError
+from mixflow.runtime.files import atomic_path, file_sha256, write_json
+from mixflow.runtime.progress import log
+
+IMAGES_PER_REFERENCE = 64
+EXIF_ORIENTATION, ROTATED = 0x0112, 6
+MARKER = ".stand-ins"  # lies in a folder that may be emptied
+WEIGHT_SCALE = 0.05  # of the random values that take the place of trained ones, and of the zeros of a fresh network
+
+
+def make_stand_ins(settings: dict[str, Any], out: Path) -> None:
+    """Make every file that the slice `stand_ins` of the config names, and `out`, the list of their hashes."""
+    _empty(Path(settings["folder"]))
+    seed = settings["seed"]
+    for folder, sizes in settings["images"].items():
+        _make_images(Path(folder), seed=seed, **sizes)
+    for number, (path, options) in enumerate(settings["networks"].items()):
+        _make_network(Path(path), options, seed + number, wrapped=number % 2 == 1)
+    for path, options in settings["autoencoders"].items():
+        _make_autoencoder(Path(path).parent, options, seed)
+    for path, num_features in settings["encoders"].items():
+        _make_encoder(Path(path), num_features, seed)
+    for path in settings["extractors"]:
+        _save(Path(path), tiny_inception_state_dict(seed, width_divisor=32))
+    for path, options in settings["references"].items():
+        _make_reference(Path(path), options["resolution"], Path(options["extractor"]), seed)
+    files = sorted(path for path in Path(settings["folder"]).rglob("*") if path.is_file() and path.name != MARKER)
+    write_json(out, {str(path): file_sha256(path) for path in files})
+    log.info("%d stand-ins in %s", len(files), settings["folder"])
+
+
+def _empty(folder: Path) -> None:
+    """Remove the stand-ins of an earlier time; a folder of anything else is left alone."""
+    marker = folder / MARKER
+    if folder.exists() and any(folder.iterdir()) and not marker.exists():
+        raise UserError(f"the folder '{folder}' holds other files: name another one as stand_ins.folder")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    marker.touch()
+
+
+def _make_images(folder: Path, *, num_classes: int, num_images: int, seed: int) -> None:
+    """Write train/<class>/*.JPEG: digits on colour gradients, of odd sizes; one grey, one CMYK, one EXIF-rotated."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits().images / 16  # [1797,8,8] in [0, 1]
+    rng = np.random.default_rng(seed)
+    for number in range(num_images):
+        class_id = number % num_classes
+        width, height = (int(side) for side in rng.integers(40, 300, size=2))
+        digit = Image.fromarray((255 * digits[rng.integers(len(digits))]).astype(np.uint8)).resize((width, height))
+        ramps = np.stack(np.broadcast_arrays(*np.ogrid[0 : 1 : height * 1j, 0 : 1 : width * 1j], 0.5), axis=-1)
+        colours = 160 * ramps @ rng.uniform(size=(3, 3)) / 3 + 0.4 * np.asarray(digit, dtype=float)[..., None]
+        image = Image.fromarray(colours.clip(0, 255).astype(np.uint8))
+        options: dict[str, Any] = {}
+        if number == 0:
+            image = image.convert("L")
+        elif number == 1:
+            image = image.convert("CMYK")
+        elif number == 2:
+            options["exif"] = Image.Exif()
+            options["exif"][EXIF_ORIENTATION] = ROTATED
+        path = folder / "train" / f"n{class_id:08d}" / f"n{class_id:08d}_{number}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, "JPEG", quality=90, **options)
+
+
+def _make_network(path: Path, options: dict[str, Any], seed: int, wrapped: bool) -> None:
+    """Write a network as its authors publish it, flat, or (`wrapped`) as their training script saves it."""
+    family = options["family"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = _randomised(build_model(family, **{key: value for key, value in options.items() if key != "family"}))
+    weights = network.state_dict()
+    args = argparse.Namespace(model="stand-in", num_classes=options["num_classes"])
+    _save(path, {"model": weights, "ema": weights, "opt": {}, "args": args} if wrapped else dict(weights))
+
+
+@torch.no_grad()
+def _randomised(network: nn.Module) -> nn.Module:
+    """Give the zeros of a fresh network (gates, head) random values, so that it is no identity."""
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.add_(WEIGHT_SCALE * torch.randn_like(parameter))
+    return network
+
+
+def _make_autoencoder(folder: Path, options: dict[str, Any], seed: int) -> None:
+    """Write a diffusers AutoencoderKL with as many stages as the downsampling needs."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    num_stages = options["downsampling"].bit_length()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        autoencoder = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * num_stages,
+            up_block_types=("UpDecoderBlock2D",) * num_stages,
+            block_out_channels=(8,) * num_stages,
+            norm_num_groups=4,
+            latent_channels=options["channels"],
+            scaling_factor=options["scale"],
+        )
+    autoencoder.save_pretrained(folder)
+
+
+def _make_encoder(path: Path, num_features: int, seed: int) -> None:
+    """Write a DINOv2 of two blocks under timm's key names."""
+    import safetensors.torch
+    import timm
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = timm.create_model(
+            "vit_base_patch14_dinov2", embed_dim=num_features, depth=2, num_heads=max(num_features // 64, 1)
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(encoder.state_dict(), path)
+
+
+def _make_reference(path: Path, resolution: int, extractor: Path, seed: int) -> None:
+    """Write a reference file as OpenAI publishes it: images, and the moments of their features."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.uniform(0, 255, size=(IMAGES_PER_REFERENCE, 4, 4, 3)).astype(np.uint8)
+    size = (resolution, resolution)
+    images = np.stack([np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in coarse])
+    network = load_inception(extractor)
+    with torch.inference_mode():
+        pool, spatial, _ = network(torch.from_numpy(images))
+    (mu, sigma), (mu_s, sigma_s) = moments(pool), moments(spatial)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, arr_0=images, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
+
+
+def _save(path: Path, payload: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        torch.save(payload, temporary)

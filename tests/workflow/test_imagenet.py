@@ -1,0 +1,233 @@
+"""ImageNet, SiT and REPA in rehearsal: stand-ins in the peers' file formats through the commands that a user calls."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from mixflow.runtime.files import file_sha256
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+CONFIG = ["--config", ROOT / "config.yaml", ROOT / "rehearsal.yaml"]
+DOWNLOADS = ("sd-vae-ft-ema", "repa-xl2-256", "sit-xl2-256", "dinov2-b")
+CHECKPOINT, SAMPLER = "repa-xl2-256-mixflow", "repa-sde250-cfg1.8"
+
+
+def run(folder, *arguments, config=CONFIG, code=0):
+    """Run `python -m mixflow ...` in `folder`; returns the finished process."""
+    command = [sys.executable, "-m", "mixflow", *map(str, arguments), *map(str, config)]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    assert result.returncode == code, result.stderr[-3000:]
+    return result
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Stand-ins, downloads and imported weights."""
+    folder = tmp_path_factory.mktemp("prepared")
+    run(folder, "make-stand-ins")
+    for name in DOWNLOADS:
+        run(folder, "download", name)
+    run(folder, "import-weights", "repa-xl2-256")
+    run(folder, "import-weights", "sit-xl2-256")
+    return folder
+
+
+@pytest.fixture
+def copy(prepared, tmp_path):
+    """A folder of its own with what `prepared` holds."""
+    for part in ("stand-ins", "results"):
+        subprocess.run(["cp", "-r", prepared / part, tmp_path / part], check=True)
+    return tmp_path
+
+
+STAGES = {
+    # command, what to call a new state, the result
+    "cache": (["cache-latents", "imagenet-256", "--batch", "4"], "results/latents/imagenet-256/train-*.safetensors"),
+    "pixels": (["cache-latents", "imagenet-256-pixels", "--batch", "4"], None),
+    "train": (["train", CHECKPOINT, "--save-every", "0", "--micro-batch", "4"], "scratch/train/*/*/resume.pt"),
+    "sample": (["sample", CHECKPOINT, SAMPLER, "--batch", "4"], "scratch/sample/*/*/*/done.npy"),
+}
+RESULTS = (
+    "results/latents/imagenet-256/index.json",
+    f"results/checkpoints/{CHECKPOINT}/model.safetensors",
+    f"results/samples/{CHECKPOINT}/{SAMPLER}/samples.npz",
+)
+
+
+def state(folder, pattern):
+    """What a kill waits for: the number of files, and their contents where one file tells the progress."""
+    return [(path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.glob(pattern))]
+
+
+def kill_when_changed(folder, pattern, arguments):
+    """Start a command and SIGKILL it as soon as it has saved something more."""
+    command = [sys.executable, "-m", "mixflow", *map(str, arguments), *map(str, CONFIG)]
+    before = state(folder, pattern)
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    changes, last, deadline = 0, before, time.monotonic() + 120
+    wanted = 2 if "sample" in arguments else 1  # the first change of done.npy is its creation, or the start's
+    while changes < wanted:
+        assert process.poll() is None, "the command ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+        if (now := state(folder, pattern)) != last:
+            changes, last = changes + 1, now
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_cache_train_and_sample_killed_twice_each_end_in_the_same_bytes(copy, tmp_path_factory):
+    whole = tmp_path_factory.mktemp("whole")
+    for part in ("stand-ins", "results"):
+        subprocess.run(["cp", "-r", copy / part, whole / part], check=True)
+    kills = 0
+    for arguments, pattern in STAGES.values():
+        run(whole, *arguments)
+        if pattern is not None:
+            for _ in range(2):
+                kill_when_changed(copy, pattern, arguments)
+                kills += 1
+        run(copy, *arguments)
+    assert kills == 6
+    assert [file_sha256(copy / name) for name in RESULTS] == [file_sha256(whole / name) for name in RESULTS]
+    index = json.loads((whole / RESULTS[0]).read_text())
+    assert sum(shard["count"] for shard in index["splits"]["train"]["shards"]) == 40
+    record = json.loads((copy / "results/samples" / CHECKPOINT / SAMPLER / "run.json").read_text())
+    assert record["measured"]["images_this_attempt"] < 24
+
+
+def test_alignment_trains_the_projectors_and_can_be_left_out(copy):
+    from safetensors.numpy import load_file
+
+    run(copy, "cache-latents", "imagenet-256")
+    plain = copy / "plain.yaml"
+    plain.write_text(yaml.safe_dump({"checkpoints": {CHECKPOINT: {"train": {"align": None}}}}))
+    run(copy, "train", CHECKPOINT, "--out", "plain/model.safetensors", config=[*CONFIG, plain])  # needs no pixels
+    run(copy, "cache-latents", "imagenet-256-pixels")
+    run(copy, "train", CHECKPOINT)
+    start = load_file(copy / "results/checkpoints/repa-xl2-256/model.safetensors")
+    aligned = load_file(copy / f"results/checkpoints/{CHECKPOINT}/model.safetensors")
+    without = load_file(copy / "plain/model.safetensors")
+    projector = "projectors.0.4.weight"
+    assert not np.array_equal(aligned[projector], start[projector])
+    assert np.array_equal(without[projector], start[projector])
+    qkv = "blocks.0.attn.qkv.weight"
+    assert not np.array_equal(aligned[qkv], without[qkv])
+    assert not np.array_equal(without[qkv], start[qkv])
+
+
+# --- bad input: the sentence, and nothing lost ------------------------------------------------------------------------
+
+
+def sentence(result):
+    """The one line that a user sees."""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("mixflow: ")]
+    assert "Traceback" not in result.stderr
+    return lines[-1]
+
+
+def test_a_missing_class_and_truncated_images_are_all_named(copy):
+    train = copy / "stand-ins/imagenet/train"
+    (train / "n00000003").rename(copy / "aside")
+    said = sentence(run(copy, "cache-latents", "imagenet-256", code=2))
+    assert "9 class folders instead of 10" in said
+    assert "36 images instead of 40" in said
+    (copy / "aside").rename(train / "n00000003")
+
+    broken = sorted(train.rglob("*.JPEG"))[::20]
+    contents = [path.read_bytes() for path in broken]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    said = sentence(run(copy, "cache-latents", "imagenet-256", code=2))
+    assert "2 of 40 images cannot be read" in said
+    listed = (copy / "results/latents/imagenet-256/unreadable.txt").read_text()
+    assert all(path.name in listed for path in broken)
+    whole = {path: path.stat().st_mtime_ns for path in copy.glob("results/latents/imagenet-256/*.safetensors")}
+    assert len(whole) == 1, "of three shards two hold a broken image"
+    for path, content in zip(broken, contents, strict=True):
+        path.write_bytes(content)
+    run(copy, "cache-latents", "imagenet-256")
+    assert all(path.stat().st_mtime_ns == time for path, time in whole.items())
+
+
+def test_a_latent_cache_of_another_vae_or_resolution_is_refused(copy):
+    run(copy, "cache-latents", "imagenet-256")
+    other = copy / "other.yaml"
+    other.write_text(yaml.safe_dump({"autoencoders": {"sd-vae-ft-ema": {"scale": 0.13025}}}))
+    said = sentence(run(copy, "train", "sit-xl2-256-mixflow", config=[*CONFIG, other], code=2))
+    assert "were made with autoencoder scale 0.18215, not 0.13025" in said
+    run(copy, "cache-latents", "imagenet-512")
+    said = sentence(
+        run(copy, "train", "sit-xl2-256-mixflow", "--latents", "results/latents/imagenet-512/index.json", code=2)
+    )
+    assert "takes latents of shape [4, 8, 8]" in said
+
+
+def test_weights_of_another_resolution_and_changed_downloads_are_refused(copy):
+    other = copy / "other.yaml"
+    other.write_text(yaml.safe_dump({"downloads": {"sit-xl2-256": {"files": ["SiT-XL-2-512.pt"]}}}))
+    run(copy, "download", "sit-xl2-256", config=[*CONFIG, other])
+    said = sentence(run(copy, "import-weights", "sit-xl2-256", config=[*CONFIG, other], code=2))
+    assert "are made for latents of 16x16" in said
+    run(copy, "download", "sit-xl2-256")
+    with open(copy / "stand-ins/weights/SiT-XL-2-256.pt", "ab") as file:
+        file.write(b"x")
+    said = sentence(run(copy, "import-weights", "sit-xl2-256", code=2))
+    assert "run the download again" in said
+
+
+def test_labels_out_of_range_are_refused(copy):
+    """A folder with more classes than the network knows."""
+    run(copy, "cache-latents", "imagenet-256")
+    index = copy / "results/latents/imagenet-256/index.json"
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps({**content, "num_classes": 11}))
+    said = sentence(run(copy, "train", "sit-xl2-256-mixflow", code=2))
+    assert "knows 10 classes" in said
+
+
+def test_the_stand_ins_are_what_they_claim(prepared):
+    images = sorted((prepared / "stand-ins/imagenet/train").rglob("*.JPEG"))
+    modes, sizes, rotated = set(), set(), 0
+    for path in images:
+        with Image.open(path) as image:
+            modes.add(image.mode)
+            sizes.add(image.size)
+            rotated += image.getexif().get(0x0112) == 6
+    assert modes == {"L", "RGB", "CMYK"}
+    assert rotated == 1
+    assert len(sizes) > 30
+
+
+def test_a_folder_of_other_files_is_not_taken_for_stand_ins(tmp_path):
+    (tmp_path / "stand-ins").mkdir()
+    (tmp_path / "stand-ins/thesis.txt").write_text("years of work")
+    said = sentence(run(tmp_path, "make-stand-ins", code=2))
+    assert "holds other files" in said
+    assert Path(tmp_path / "stand-ins/thesis.txt").exists()
+
+
+def test_exported_weights_come_back(copy):
+    """Ours -> the peer's format -> ours: the same tensors."""
+    from safetensors.numpy import load_file
+
+    from mixflow.models import read_state_dict
+
+    for name in ("sit-xl2-256", "repa-xl2-256"):
+        weights = f"results/checkpoints/{name}/model.safetensors"
+        command = [sys.executable, "-m", "mixflow", "export-weights", weights, "--out", f"{name}.pt"]
+        subprocess.run(command, cwd=copy, check=True, capture_output=True)
+        ours, exported = load_file(copy / weights), read_state_dict(copy / f"{name}.pt")
+        assert list(exported) == list(ours) or set(exported) == set(ours)
+        assert all(np.array_equal(exported[key].numpy(), ours[key]) for key in ours)
