@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from mixflow.runtime.errors import UserError
 
 PRECISIONS = ("fp32", "tf32", "bf16")
+# Processes wait for the slowest: for a whole batch of samples, or while one of them hashes a cache. NCCL gives up after
+# 10 minutes.
+_LONGEST_WAIT = timedelta(hours=4)
 
 
 def start_accelerator(precision: str, expected_gpus: int | None = None) -> Accelerator:
@@ -26,4 +32,10 @@ def start_accelerator(precision: str, expected_gpus: int | None = None) -> Accel
         )
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", step_scheduler_with_optimizer=False)
+    return Accelerator(
+        # Without it, a torch that could use CUDA makes a lone process of each where there is no GPU.
+        cpu=visible == 0,
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_LONGEST_WAIT)],
+    )

@@ -22,12 +22,12 @@ from mixflow.data.imagenet import ImageNet
 from mixflow.data.images import Images, load_digits, read_ahead
 from mixflow.data.latents import FORMAT, LatentSplit, shard_entry, write_shard
 from mixflow.runtime.devices import start_accelerator
-from mixflow.runtime.downloads import downloaded
 from mixflow.runtime.errors import UserError, did_you_mean
 from mixflow.runtime.files import WorkFolder, atomic_path, write_json
 from mixflow.runtime.progress import Progress, log
 from mixflow.runtime.provenance import RunRecord
 from mixflow.runtime.stopping import StopRequest, Unfinished
+from mixflow.stages.networks import autoencoder_files, autoencoder_folder
 
 UNREADABLE = "unreadable.txt"  # beside the index: images that could not be read, one a line, with the reason
 MAX_NAMED = 3  # of them in the error
@@ -79,13 +79,13 @@ def cache_latents(
     missing. Raises `UserError` then, and `Unfinished` when stopped in time.
     """
     name = settings["latents"]
-    files = {} if autoencoder is None else {path.name: path for path in downloaded(autoencoder).values()}
+    files = autoencoder_files(autoencoder)
     record = RunRecord("cache-latents", settings, files)
     stop = StopRequest(time_budget_minutes)
     accelerator = start_accelerator(settings["autoencoder"].get("precision", "fp32"), expected_gpus)
     splits = load_images(settings["dataset"], images)
     shards = plan_shards(settings, splits, out.parent, record.parent_hashes)
-    codec = load_autoencoder(settings["autoencoder"], _folder(files), accelerator.device)
+    codec = load_autoencoder(settings["autoencoder"], autoencoder_folder(files), accelerator.device)
     work = WorkFolder(scratch, "cache-latents", name, slice_key(settings, *record.parent_hashes.values()))
     with contextlib.closing(work):  # gives its lock back, also where the work is not finished
         if accelerator.is_main_process:
@@ -171,15 +171,6 @@ def make_index(
     if autoencoder_sha256:
         index |= {"mirrors": codec.mirrors, "autoencoder_sha256": autoencoder_sha256}
     return index
-
-
-def _folder(files: dict[str, Path]) -> Path | None:
-    """Return where the autoencoder's files lie."""
-    if not files:
-        return None
-    if "config.json" not in files:
-        raise UserError(f"the autoencoder's download has no config.json among {', '.join(files)}: add it to its files")
-    return files["config.json"].parent
 
 
 def _encode_shards(

@@ -11,7 +11,7 @@ from typing import Any
 import mixflow
 from mixflow.runtime.provenance import code_version
 
-_PARTS = ("torch", "torchvision", "timm", "accelerate", "torchdiffeq", "torch-fidelity", "snakemake")
+_PARTS = ("torch", "torchvision", "timm", "accelerate", "torchdiffeq", "diffusers", "torch-fidelity", "snakemake")
 _MIN_SHM_MIB = 256  # below this, loader workers and NCCL die with "Bus error"
 _MIN_FREE_GIB = 1.0
 
@@ -68,7 +68,7 @@ def _installed(package: str) -> str | None:
 
 def _can_run(gpus: list[dict[str, Any]]) -> list[str]:
     """Return what the devices are enough for; bf16 and memory figures of large models are not judged here."""
-    able = ["the digits demo (`make demo`)", "the rehearsal (`snakemake -c2 --configfile rehearsal.yaml`)"]
+    able = ["the digits demo (`make demo`)", "the rehearsal of the ImageNet tables (`make rehearsal`)"]
     if gpus:
         able.append(f"training and sampling on {len(gpus)} GPU(s)")
     return able

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from mixflow.models import save_model
 from mixflow.runtime.downloads import downloaded_file
@@ -35,9 +35,8 @@ def import_weights(
     record = RunRecord("import-weights", settings, {"file": file})
     model = weights["model"]
     network = network_from_file(model, file)
-    options = cast(dict[str, Any], network.options)
-    _check_sizes(name, file, options, model)
-    save_model(out, network.state_dict(), {"family": model["family"], **options})
+    _check_sizes(name, file, network.options, model)
+    save_model(out, network.state_dict(), {"family": model["family"], **network.options})
     record.write(out.parent / "run.json", [out])
     log.info("%s: weights in %s", name, out)
 

@@ -24,7 +24,7 @@ from mixflow.runtime.seeds import Stream, normal, random_words
 from mixflow.runtime.stopping import StopRequest, Unfinished
 from mixflow.sampling import CountedNetwork, guided_velocity, sample, time_grid
 from mixflow.sampling.guidance import Network
-from mixflow.stages.networks import network_from_file
+from mixflow.stages.networks import autoencoder_files, autoencoder_folder, network_from_file
 
 NOISE_STEP = 0  # step number of the draws that belong to a whole image
 
@@ -42,8 +42,8 @@ def run(
 ) -> None:
     """Sample as the slice `sample` of the config says; running it again after any interruption continues."""
     sampler = settings["sampler"]
-    parents = {"weights": weights, **({"autoencoder": autoencoder} if autoencoder else {})}
-    record = RunRecord("sample", settings, parents)
+    files = autoencoder_files(autoencoder)
+    record = RunRecord("sample", settings, {"weights": weights, **files})
     stop = StopRequest(time_budget_minutes)
     accelerator = start_accelerator(sampler["precision"], expected_gpus)
     device = accelerator.device
@@ -61,7 +61,7 @@ def run(
         network: Any = network_from_file(settings["model"], weights)
         _check_network(settings, network, weights)
         counted = CountedNetwork(network.to(device).requires_grad_(False))
-        codec = load_autoencoder(settings["autoencoder"], _folder(autoencoder), device)
+        codec = load_autoencoder(settings["autoencoder"], autoencoder_folder(files), device)
         num_images, size = sampler["num_images"], settings["resolution"]
         archive = NpzWriter(
             work.path, {"arr_0": ((num_images, size, size, 3), np.uint8), "arr_1": ((num_images,), np.int64)}
@@ -222,18 +222,6 @@ def sample_latents(
     else:
         times = time_grid(sampler["num_steps"])
     return sample(velocity, noise, solver=solver, times=times, **options)
-
-
-def _folder(record: Path | None) -> Path | None:
-    """Return where the autoencoder's files lie, told by the record of their download."""
-    if record is None:
-        return None
-    from mixflow.runtime.downloads import downloaded
-
-    for path in downloaded(record).values():
-        if path.name == "config.json":
-            return path.parent
-    raise UserError(f"'{record}' lists no config.json: name a download that holds an autoencoder's files")
 
 
 def _check_network(settings: dict[str, Any], network: Any, weights: Path) -> None:

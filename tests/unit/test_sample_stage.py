@@ -239,7 +239,7 @@ def test_the_decoder_is_found_by_its_record(run, monkeypatch, tmp_path):
     monkeypatch.setattr(stage, "load_autoencoder", lambda *arguments: asked.append(arguments) or Codec())
     out = run(autoencoder=tmp_path / "vae.json")
     assert asked == [({"kind": "pixels"}, folder, torch.device("cpu"))]
-    assert set(json.loads((out.parent / "run.json").read_text())["parents"]) == {"weights", "autoencoder"}
+    assert set(json.loads((out.parent / "run.json").read_text())["parents"]) == {"weights", *files}
 
 
 # ---- overlap and faults

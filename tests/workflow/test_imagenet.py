@@ -231,3 +231,37 @@ def test_exported_weights_come_back(copy):
         ours, exported = load_file(copy / weights), read_state_dict(copy / f"{name}.pt")
         assert list(exported) == list(ours) or set(exported) == set(ours)
         assert all(np.array_equal(exported[key].numpy(), ours[key]) for key in ours)
+
+
+def counts(result):
+    """Jobs by rule, from the table of a dry run."""
+    assert result.returncode == 0, result.stderr[-3000:]
+    lines = result.stdout.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("job ")) + 2
+    rows = [line.split() for line in lines[start:]]
+    return {row[0]: int(row[1]) for row in rows[: rows.index([]) if [] in rows else None]}
+
+
+def test_a_row_of_released_weights_trains_nothing(tmp_path, snakemake):
+    target = "results/tables/table4/sit-xl2-256.json"
+    needed = {
+        "download": 4,
+        "import_weights": 1,
+        "make_reference": 1,
+        "sample": 6,
+        "evaluate": 6,
+        "row": 1,
+        "total": 19,
+    }
+    assert counts(snakemake(tmp_path, target, "--dry-run")) == needed
+    rehearsed = counts(snakemake(tmp_path, target, "--dry-run", "--configfile", ROOT / "rehearsal.yaml"))
+    assert rehearsed == {**needed, "stand_ins": 1, "total": 20}
+
+
+def test_tables_share_what_they_have_in_common(tmp_path, snakemake):
+    """main and table4 both want Heun with 250 steps; pixels and encoder are for REPA's alignment alone."""
+    both = counts(snakemake(tmp_path, "main", "table4", "--dry-run"))
+    alone = [counts(snakemake(tmp_path, table, "--dry-run")) for table in ("main", "table4")]
+    assert both["sample"] == alone[0]["sample"] + alone[1]["sample"] - 12
+    assert alone[1]["cache_latents"] == 2
+    assert alone[0]["cache_latents"] == 3
