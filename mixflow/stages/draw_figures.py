@@ -148,6 +148,8 @@ def draw_steps(rows: list[dict[str, Any]], out: Path) -> None:
     panels = {title: lines for title, lines in panels.items() if any(lines)}
     if not panels:
         raise UserError(f"the figure 'steps' finds no {METRICS[metric].name} yet: make the rows first")
+    # Of all panels, for they share the axis, and it is scaled by hand once zero is its lower end.
+    highest = max(value for lines in panels.values() for points in lines for _, value in points)
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(4.6 * len(panels), 3.6), layout="constrained")
         subplots = figure.subplots(1, len(panels), squeeze=False, sharey=True).flat
@@ -161,7 +163,7 @@ def draw_steps(rows: list[dict[str, Any]], out: Path) -> None:
             _log_steps(axes, sorted({step for points in lines for step, _ in points}))
             axes.set_title(title, loc="left")
             axes.set_xlabel("sampling steps")
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.06 * highest)
             _label_ends(axes, ends)
         figure.axes[0].set_ylabel(METRICS[metric].long_name)
         _save(figure, out)

@@ -108,6 +108,17 @@ def test_points_are_the_measured_cells_by_steps() -> None:
     assert draw_figures._points(row, "fd", lambda scale: scale == 1) == [(5, 9.0), (50, 3.0)]
 
 
+def test_no_line_leaves_its_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The panels share an axis: the right one's numbers may be larger than the left one's."""
+    drawn = []
+    monkeypatch.setattr(draw_figures, "_save", lambda figure, out: drawn.append(figure))
+    draw_steps([make_row("a", {(5, 1.0): 9.0, (10, 1.0): 8.0, (5, 2.0): 12.0, (10, 2.0): 3.0})], tmp_path / "steps.png")
+    for axes in drawn[0].axes:
+        low, high = axes.get_ylim()
+        assert all(low <= value <= high for line in axes.lines for value in line.get_ydata())
+    assert len(drawn[0].axes) == 2
+
+
 def test_steps_without_numbers(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="finds no FD yet: make the rows first"):
         draw_steps([make_row("a", {(5, 1.0): None})], tmp_path / "steps.png")

@@ -20,13 +20,15 @@ pytestmark = pytest.mark.slow
 
 CONFIG = ["--config", ROOT / "config.yaml", ROOT / "rehearsal.yaml"]
 DOWNLOADS = ("sd-vae-ft-ema", "repa-xl2-256", "sit-xl2-256", "dinov2-b")
+# The number of threads decides the order of sums, and so the last bit.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 CHECKPOINT, SAMPLER = "repa-xl2-256-mixflow", "repa-sde250-cfg1.8"
 
 
 def run(folder, *arguments, config=CONFIG, code=0):
     """Run `python -m mixflow ...` in `folder`; returns the finished process."""
     command = [sys.executable, "-m", "mixflow", *map(str, arguments), *map(str, config)]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=ENVIRONMENT)
     assert result.returncode == code, result.stderr[-3000:]
     return result
 
@@ -74,7 +76,8 @@ def kill_when_changed(folder, pattern, arguments):
     """Start a command and SIGKILL it as soon as it has saved something more."""
     command = [sys.executable, "-m", "mixflow", *map(str, arguments), *map(str, CONFIG)]
     before = state(folder, pattern)
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, **quiet)
     changes, last, deadline = 0, before, time.monotonic() + 120
     wanted = 2 if "sample" in arguments else 1  # the first change of done.npy is its creation, or the start's
     while changes < wanted:
@@ -105,6 +108,41 @@ def test_cache_train_and_sample_killed_twice_each_end_in_the_same_bytes(copy, tm
     assert sum(shard["count"] for shard in index["splits"]["train"]["shards"]) == 40
     record = json.loads((copy / "results/samples" / CHECKPOINT / SAMPLER / "run.json").read_text())
     assert record["measured"]["images_this_attempt"] < 24
+
+
+def two_processes(folder, *arguments, config=CONFIG):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mixflow"]
+    command = [*launch, *map(str, arguments), *map(str, config)]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=ENVIRONMENT)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_two_processes_make_what_one_makes(copy, tmp_path_factory):
+    """Shards byte by byte; weights trained with alignment, and images, up to the rounding of sums."""
+    from safetensors.numpy import load_file
+
+    other = tmp_path_factory.mktemp("two")
+    for part in ("stand-ins", "results"):
+        subprocess.run(["cp", "-r", copy / part, other / part], check=True)
+    exact = copy / "exact.yaml"
+    exact.write_text(yaml.safe_dump({"checkpoints": {"repa-xl2-256-continued": {"train": {"precision": "fp32"}}}}))
+    config = [*CONFIG, exact]
+    for arguments in (
+        ["cache-latents", "imagenet-256"],
+        ["cache-latents", "imagenet-256-pixels"],
+        ["train", CHECKPOINT],
+    ):
+        run(copy, *arguments, config=config)
+        two_processes(other, *arguments, config=config)
+    assert file_sha256(copy / RESULTS[0]) == file_sha256(other / RESULTS[0])
+    one, two = (load_file(folder / RESULTS[1]) for folder in (copy, other))
+    assert max(abs(one[key] - two[key]).max() for key in one) < 1e-5
+    weights = ["--weights", copy / RESULTS[1], "--batch", "5"]
+    run(copy, "sample", CHECKPOINT, SAMPLER, *weights, config=config)
+    two_processes(other, "sample", CHECKPOINT, SAMPLER, *weights, config=config)
+    x, y = (np.load(folder / RESULTS[2])["arr_0"].astype(int) for folder in (copy, other))
+    assert abs(x - y).max() <= 1
+    assert (x != y).mean() < 0.01
 
 
 def test_alignment_trains_the_projectors_and_can_be_left_out(copy):
