@@ -3,7 +3,8 @@
 Both hold the same posteriors at 256 px, on the same disk, and give the same latents 0.18215 (mean + std noise).
 Baseline: float32 mean and standard deviation, one np.load and one label per item, torch's DataLoader with 0 and with 2
 workers, the better of which counts; REPA's loader also reads a PNG per item, which is left out. Cold: the page cache is
-emptied of the files before (posix_fadvise). Warm: everything has been read before. Speeds are medians of repetitions.
+emptied of the files before (posix_fadvise) and
+ours preloads as training does, within the time that counts. Warm: everything has been read before. Speeds are medians of repetitions.
 `python benchmarks/loader.py [--images 10000] [--batch 256] [--repeat 3] [--folder FOLDER]`
 """
 
@@ -78,6 +79,7 @@ def empty_page_cache(folder: Path) -> None:
 def ours(split: LatentSplit, batches: list[np.ndarray], noise: torch.Tensor | None):
     """Return the batches of latents, drawn while the next batch is read."""
     codec = load_autoencoder({"kind": "sd_vae", "scale": SCALE, "channels": 4, "downsampling": 8, "precision": "fp32"})
+    split.preload()
     ahead = Prefetcher(lambda number: split.gather(batches[number]))
     for number in range(len(batches)):
         following = range(number + 1, min(number + 3, len(batches)))

@@ -171,6 +171,9 @@ def make_loss(
     number_of = {key: number for number, key in enumerate(keys)}
     reader = Prefetcher(read)
 
+    for split in (images, *([alignment.pixels] if alignment else [])):
+        split.preload()
+
     def fetch(step: int, positions: Tensor) -> _Batch:
         key = tuple(positions.tolist())
         if key not in number_of:

@@ -71,6 +71,18 @@ def test_cache_gives_back_every_image_in_any_order(index):
     assert cache.latent_shape == (1, 32, 32)
 
 
+def test_shards_are_read_ahead_where_memory_holds_them(index, monkeypatch):
+    split = LatentCache(index).split("train")
+    size = sum(path.stat().st_size for path in split.paths)
+    asked = []
+    monkeypatch.setattr(latents.os, "posix_fadvise", lambda *arguments: asked.append(arguments[1:]), raising=True)
+    monkeypatch.setattr(latents, "_available_memory", lambda: 2 * size)
+    split.preload().join()
+    assert asked == [(0, 0, os.POSIX_FADV_WILLNEED)] * len(split.paths)
+    monkeypatch.setattr(latents, "_available_memory", lambda: 2 * size - 2)
+    assert split.preload() is None
+
+
 def test_pixels_survive_the_autoencoder_exactly():
     codec = load_autoencoder({"kind": "pixels"})
     images = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1)
