@@ -3,8 +3,8 @@
 Both hold the same posteriors at 256 px, on the same disk, and give the same latents 0.18215 (mean + std noise).
 Baseline: float32 mean and standard deviation, one np.load and one label per item, torch's DataLoader with 0 and with 2
 workers, the better of which counts; REPA's loader also reads a PNG per item, which is left out. Cold: the page cache is
-emptied of the files before (posix_fadvise) and
-ours preloads as training does, within the time that counts. Warm: everything has been read before. Speeds are medians of repetitions.
+emptied of the files before (posix_fadvise), and ours preloads as training does, within the time that counts. Warm:
+everything has been read before. Speeds are medians of repetitions.
 `python benchmarks/loader.py [--images 10000] [--batch 256] [--repeat 3] [--folder FOLDER]`
 """
 

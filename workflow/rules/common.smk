@@ -87,7 +87,9 @@ def table_files(table):
 def stand_ins(*places):
     """The record of the stand-ins, as the input of whatever reads a file among them."""
     made = settings.stand_ins
-    if made is None or not any(place.startswith(made.folder + "/") for place in places):
+    if made is None or not any(
+        f"{place}/".startswith(f"{made.folder}/") for place in places
+    ):
         return []
     return [paths.stand_ins(made.folder)]
 
@@ -97,7 +99,7 @@ def download_inputs(wildcards):
     entry = settings.get("downloads", wildcards.download)
     if entry.folder is None:
         return []
-    made = stand_ins(entry.folder + "/")
+    made = stand_ins(entry.folder)
     return made or [
         f"{entry.folder}/{file}" for file in entry.files if not set(file) & set("*?")
     ]
@@ -124,7 +126,7 @@ def autoencoder_of(latents):
 def images_of(wildcards):
     """Images of a folder are looked at by the job itself; here only stand-ins have to be made first."""
     folder = getattr(settings.dataset_of(wildcards.latents), "folder", None)
-    return stand_ins(folder + "/") if folder else []
+    return stand_ins(folder) if folder else []
 
 
 def folder_of_images(wildcards):
