@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from mixflow.evaluation import Classifier, save_classifier
 from mixflow.models import build_model, save_model
@@ -75,6 +76,7 @@ def test_help_of_every_verb(mixflow):
     text = mixflow("--help").stdout
     verbs = [line.split()[0] for line in text.splitlines() if line.startswith("    ") and line.split()]
     wanted = {"cache-latents", "train", "import-weights", "sample", "train-extractor", "make-reference", "evaluate"}
+    wanted |= {"download", "export-weights", "convert-weights", "make-stand-ins"}
     assert wanted | {"tables", "inspect", "doctor"} <= set(verbs)
     for verb in wanted:
         assert mixflow(verb, "--help").returncode == 0
@@ -92,3 +94,33 @@ def test_a_parent_that_was_not_made_is_named(mixflow):
     assert "the parent of 'digits-matched' 'results/checkpoints/digits-base/model.safetensors' does not exist" in (
         result.stderr
     )
+
+
+def test_a_table_can_be_looked_at_before_it_is_whole(tmp_path, mixflow):
+    metrics = tmp_path / "results/metrics/sit-xl2-256/heun50/metrics.json"
+    write_json(metrics, {"metrics": {"fid": 9.5}, "num_images": 50_000, "protocol": {}, "parents": {}})
+    result = mixflow("tables", "preview", "table4", "--config", ROOT / "config.yaml")
+    assert result.returncode == 0, result.stderr
+    (line,) = (line for line in result.stdout.splitlines() if line.startswith("| SiT-XL/2, 256 |"))
+    cells = [cell.strip() for cell in line.split("|")[2:-1]]
+    assert cells[1] == "9.50<br>(paper 9.73, −0.23, within tolerance)"
+    assert all(cell.startswith("–<br>(paper ") for index, cell in enumerate(cells) if index != 1)
+    assert "not run yet" in result.stdout
+    assert not (tmp_path / "results/tables").exists()
+
+
+def test_a_file_with_code_is_converted_only_when_trusted(tmp_path, mixflow):
+    import torch
+
+    # A training checkpoint that keeps a path among its settings: to read one, code must run.
+    torch.save({"ema": {"weight": torch.ones(2)}, "args": ROOT}, tmp_path / "old.pt")
+    refused = mixflow("inspect", "old.pt")
+    assert refused.returncode == 2
+    command = refused.stderr.split("`")[1].removeprefix("python -m ").split()
+    assert command[:2] == ["mixflow", "convert-weights"]
+    assert mixflow("convert-weights", "old.pt", "--out", "new.safetensors").returncode == 2
+    assert not (tmp_path / "new.safetensors").exists()
+    trusted = mixflow(*command[1:])
+    assert trusted.returncode == 0, trusted.stderr
+    assert "any code in it runs now" in trusted.stderr
+    assert load_file(tmp_path / "old.safetensors")["weight"].tolist() == [1, 1]
