@@ -179,7 +179,8 @@ def _agree(accelerator: Accelerator, wish: int, ask: bool) -> int:
 
 
 def _load(path: Path, network: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    # Mapped, for each process of a node reads the whole file, and what it needs of it goes to its own device.
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     network.load_state_dict(state["network"])
     for key, value in state["ema"].items():
         ema[key].copy_(value)

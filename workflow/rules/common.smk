@@ -58,6 +58,13 @@ def launcher(wildcards, resources):
     return "python -m mixflow"
 
 
+def rows_per_pass(flag):
+    """How many images a device takes at once, where `--set-resources RULE:batch=N` says so. No result depends on it."""
+    return lambda wildcards, resources: (
+        f"{flag} {resources.batch}" if resources.get("batch") else ""
+    )
+
+
 def whole_latents(name):
     """The index of a latent cache; a missing or cut shard is told before any job starts."""
     index = paths.latents(name)

@@ -15,9 +15,10 @@ rule cache_latents:
     params:
         settings=slice_of("cache_latents", "latents"),
         launch=launcher,
+        batch=rows_per_pass("--batch"),
         images=folder_of_images,
         autoencoder=option("--autoencoder", "autoencoder"),
     shell:
         "{params.launch} cache-latents {wildcards.latents:q} --settings {params.settings:q}"
-        " {params.images} {params.autoencoder} --workers {threads}"
+        " {params.images} {params.autoencoder} {params.batch} --workers {threads}"
         " --out {output.index:q} --log {log:q}"

@@ -17,7 +17,8 @@ rule sample:
     params:
         settings=slice_of("sample", "checkpoint", "sampler"),
         launch=launcher,
+        batch=rows_per_pass("--batch"),
         autoencoder=option("--autoencoder", "autoencoder"),
     shell:
         "{params.launch} sample {wildcards.checkpoint:q} {wildcards.sampler:q} --settings {params.settings:q}"
-        " --weights {input.weights:q} {params.autoencoder} --out {output.samples:q} --log {log:q}"
+        " --weights {input.weights:q} {params.autoencoder} {params.batch} --out {output.samples:q} --log {log:q}"

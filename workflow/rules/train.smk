@@ -23,12 +23,13 @@ rule train:
     params:
         settings=slice_of("train", "checkpoint"),
         launch=launcher,
+        batch=rows_per_pass("--micro-batch"),
         init=option("--init", "init"),
         pixels=option("--pixels", "pixels"),
         encoder=option("--encoder", "encoder"),
     shell:
         "{params.launch} train {wildcards.checkpoint:q} --settings {params.settings:q}"
-        " --latents {input.latents:q} {params.init} {params.pixels} {params.encoder} --out {output.weights:q}"
+        " --latents {input.latents:q} {params.init} {params.pixels} {params.encoder} {params.batch} --out {output.weights:q}"
         " --tensorboard logs/tensorboard/{wildcards.checkpoint:q}"
         " --log {log:q}"
 
