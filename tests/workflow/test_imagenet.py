@@ -1,5 +1,6 @@
 """ImageNet, SiT and REPA in rehearsal: stand-ins in the peers' file formats through the commands that a user calls."""
 
+import itertools
 import json
 import os
 import signal
@@ -143,6 +144,66 @@ def test_two_processes_make_what_one_makes(copy, tmp_path_factory):
     x, y = (np.load(folder / RESULTS[2])["arr_0"].astype(int) for folder in (copy, other))
     assert abs(x - y).max() <= 1
     assert (x != y).mean() < 0.01
+
+
+def test_repas_protocol_from_file_to_pixels(copy):
+    """REPA's SDE written anew in REPA's own time and float64, on the stored model that its code was run with.
+
+    Reverse time t = 1 ... 0.04, 0: x' = x + ((2 - t) v + x) dt + sqrt(2 t |dt|) n, the last step without n; guidance
+    1.8 on all channels for t <= 0.7; then the decoder, and grey levels cut.
+    """
+    import torch
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    from mixflow.models import load_model
+    from mixflow.runtime.seeds import Stream, normal
+
+    weights = ROOT / "tests/golden/repa/model_a.safetensors"
+    sizes = {"hidden_size": 64, "depth": 4, "num_heads": 4, "patch_size": 2, "encoder_depth": 2, "z_dims": [32]}
+    options = {"family": "repa", **sizes, "projector_dim": 96, "qk_norm": False, "label_dropout": 0.1}
+    entry = {"file": str(weights), "latents": "imagenet-256", "interpolant": "linear", "model": options}
+    steps, count, seed = 10, 5, 3
+    overlay = copy / "golden.yaml"
+    overlay.write_text(
+        yaml.safe_dump(
+            {
+                "datasets": {"imagenet-256": {"num_classes": 1000}},
+                "checkpoints": {"golden": {"weights": entry}},
+                "samplers": {"repa-sde250-cfg1.8": {"num_steps": steps, "num_images": count, "seed": seed}},
+            }
+        )
+    )
+    config = [*CONFIG, overlay]
+    run(copy, "import-weights", "golden", config=config)
+    run(copy, "sample", "golden", SAMPLER, config=config)
+    found = np.load(copy / f"results/samples/golden/{SAMPLER}/samples.npz")
+
+    network, index, shape = load_model("repa", weights, num_heads=4, encoder_depth=2), torch.arange(count), (4, 8, 8)
+    x = normal(seed, Stream.NOISE, 0, index, shape).double()
+    times = [*torch.linspace(1, 0.04, steps, dtype=torch.float64).tolist(), 0.0]
+    with torch.inference_mode():
+        for k, (t, after) in enumerate(itertools.pairwise(times)):
+            at = torch.full((count,), 1 - t)  # told in paper time, velocity turned around: the network's adapter
+
+            def v(y, x=x, at=at):
+                return -network(x.float(), at, y).double()
+
+            velocity = v(index)
+            if t <= 0.7:
+                null = v(torch.full_like(index, 1000))
+                velocity = null + 1.8 * (velocity - null)
+            dt = after - t
+            x = x + ((2 - t) * velocity + x) * dt
+            if k < steps - 1:
+                x = x + (2 * t * -dt) ** 0.5 * normal(seed, Stream.SOLVER, k, index, shape).double()
+        vae = AutoencoderKL.from_pretrained(copy / "stand-ins/sd-vae").eval()
+        pixels = vae.decode(x.float() / 0.18215).sample.permute(0, 2, 3, 1)
+    expected = (255 * (pixels + 1) / 2).clamp(0, 255).to(torch.uint8).numpy()
+    assert found["arr_1"].tolist() == index.tolist()
+    difference = np.abs(found["arr_0"].astype(int) - expected)
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 1e-3
+    assert expected.std() > 1
 
 
 def test_alignment_trains_the_projectors_and_can_be_left_out(copy):
