@@ -23,6 +23,7 @@ CONFIG = ["--config", ROOT / "config.yaml", ROOT / "rehearsal.yaml"]
 DOWNLOADS = ("sd-vae-ft-ema", "repa-xl2-256", "sit-xl2-256", "dinov2-b")
 # The number of threads decides the order of sums, and so the last bit.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+NUM_IMAGES = 60
 CHECKPOINT, SAMPLER = "repa-xl2-256-mixflow", "repa-sde250-cfg1.8"
 
 
@@ -73,9 +74,9 @@ def state(folder, pattern):
     return [(path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.glob(pattern))]
 
 
-def kill_when_changed(folder, pattern, arguments):
+def kill_when_changed(folder, pattern, arguments, config):
     """Start a command and SIGKILL it as soon as it has saved something more."""
-    command = [sys.executable, "-m", "mixflow", *map(str, arguments), *map(str, CONFIG)]
+    command = [sys.executable, "-m", "mixflow", *map(str, arguments), *map(str, config)]
     before = state(folder, pattern)
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, **quiet)
@@ -95,20 +96,25 @@ def test_cache_train_and_sample_killed_twice_each_end_in_the_same_bytes(copy, tm
     whole = tmp_path_factory.mktemp("whole")
     for part in ("stand-ins", "results"):
         subprocess.run(["cp", "-r", copy / part, whole / part], check=True)
+    longer = copy / "longer.yaml"  # so that no command ends before it is killed
+    more = {"checkpoints": {"repa-xl2-256-continued": {"train": {"num_steps": 30}}}}
+    longer.write_text(yaml.safe_dump({**more, "samplers": {"heun250": {"num_images": NUM_IMAGES}}}))
+    config = [*CONFIG, longer]
     kills = 0
     for arguments, pattern in STAGES.values():
-        run(whole, *arguments)
+        run(whole, *arguments, config=config)
         if pattern is not None:
             for _ in range(2):
-                kill_when_changed(copy, pattern, arguments)
+                kill_when_changed(copy, pattern, arguments, config)
                 kills += 1
-        run(copy, *arguments)
+        run(copy, *arguments, config=config)
     assert kills == 6
     assert [file_sha256(copy / name) for name in RESULTS] == [file_sha256(whole / name) for name in RESULTS]
     index = json.loads((whole / RESULTS[0]).read_text())
     assert sum(shard["count"] for shard in index["splits"]["train"]["shards"]) == 40
     record = json.loads((copy / "results/samples" / CHECKPOINT / SAMPLER / "run.json").read_text())
-    assert record["measured"]["images_this_attempt"] < 24
+    assert record["measured"]["images"] == NUM_IMAGES
+    assert record["measured"]["images_this_attempt"] < NUM_IMAGES
 
 
 def two_processes(folder, *arguments, config=CONFIG):
