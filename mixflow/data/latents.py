@@ -81,8 +81,10 @@ class LatentSplit:
 
         Rows are then found in memory: reading in order is what a disk does best, and an epoch reads everything anyway.
         What is cached this way is given back as soon as anyone needs the memory. Returns the thread, None where the
-        shards are too large.
+        shards are too large or the system knows no such wish.
         """
+        if not hasattr(os, "posix_fadvise"):  # Linux has it; elsewhere nothing is read ahead
+            return None
         if sum(path.stat().st_size for path in self.paths) > _available_memory() // 2:
             return None
 

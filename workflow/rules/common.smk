@@ -136,7 +136,8 @@ def images_of(wildcards):
     return stand_ins(folder) if folder else []
 
 
-def folder_of_images(wildcards):
+def folder_of_images(wildcards, input):
+    """Where the images lie now. With `input` it is no trigger: a moved folder must encode and retrain nothing."""
     folder = getattr(settings.dataset_of(wildcards.latents), "folder", None)
     return f"--images {shlex.quote(folder)}" if folder else ""
 
