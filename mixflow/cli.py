@@ -122,13 +122,44 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--source", type=Path, help="index.json of the latents, or record of the reference's download")
     verb.add_argument("--extractor", type=Path, help="weights of the feature network, or record of their download")
     verb.add_argument("--out", type=Path, help="reference.safetensors to write")
+    _long_running(verb)
 
-    verb = _verb(verbs, "evaluate", _evaluate, "every metric of a sample file")
-    _settings(verb, "CHECKPOINT", "SAMPLER")
-    verb.add_argument("--samples", type=Path, help="samples.npz")
-    verb.add_argument("--reference", type=Path, help="reference.safetensors")
-    verb.add_argument("--extractor", type=Path, help="weights of the feature network, or record of their download")
-    verb.add_argument("--out", type=Path, help="metrics.json to write")
+    verb = _verb(verbs, "evaluate", _evaluate, "FID, IS, precision, recall and more of sample files or image folders")
+    verb.epilog = (
+        "A sample file of the pipeline, results/samples/CHECKPOINT/SAMPLER/samples.npz, needs no further option: "
+        "config.yaml says what it is compared with. For any other give --reference. Several SAMPLES, from disjoint "
+        "seeds, give mean, spread and minimum. On several GPUs: torchrun --standalone --nproc-per-node N -m mixflow "
+        "evaluate ... docs/evaluation.md says which numbers are equal to whose."
+    )
+    verb.add_argument(
+        "samples", type=Path, nargs="+", metavar="SAMPLES", help=".npz with arr_0 uint8 [N,H,W,3], or folder of images"
+    )
+    verb.add_argument(
+        "--reference", type=Path, metavar="REF",
+        help="ADM's .npz (VIRTUAL_imagenet256_labeled.npz), EDM2's .pkl, or what --make-reference wrote",
+    )  # fmt: skip
+    verb.add_argument(
+        "--metrics", metavar="LIST",
+        help="of fid, sfid, is, pr (precision and recall as ADM's), pr_exact, kid, dc (density and coverage), "
+        "fd_dinov2; or all (default: fid,sfid,is,pr as far as the reference goes)",
+    )  # fmt: skip
+    verb.add_argument("--compat", choices=["adm"], help="OpenAI's five numbers, and what is claimed of their equality")
+    verb.add_argument(
+        "--make-reference", type=Path, metavar="OUT", help="write a reference from SAMPLES (one) in place of metrics"
+    )
+    verb.add_argument(
+        "--kept-images", type=int, metavar="N",
+        help="of a reference: images kept for precision, recall, KID, density and coverage (default 10,000)",
+    )  # fmt: skip
+    verb.add_argument(
+        "--extractor", type=Path, metavar="FILE",
+        help="weights of the feature network, or record of their download (default: fetched, checked, kept)",
+    )  # fmt: skip
+    verb.add_argument("--tf32", action="store_true", help="allow TF32 on a GPU: faster, not ADM's numbers any more")
+    verb.add_argument("--keep-features", action="store_true", help="keep them in scratch/ for other metrics later")
+    verb.add_argument("--out", type=Path, help="metrics.json to write (default: in this folder, or the pipeline's)")
+    _configs(verb)
+    _long_running(verb)
 
     tables = verbs.add_parser("tables", help="rows, figures and pages of a table", description="Parts of a table.")
     parts = tables.add_subparsers(metavar="PART", required=True)
@@ -172,6 +203,10 @@ def _settings(parser: argparse.ArgumentParser, *names: str) -> None:
     """Add the entry names, and the two ways to say what they mean."""
     for name in names:
         parser.add_argument(name.lower(), metavar=name, help="entry of config.yaml")
+    _configs(parser)
+
+
+def _configs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", nargs="+", default=["config.yaml"], metavar="FILE", help="later files overlay")
     parser.add_argument("--settings", metavar="JSON", help="the resolved slice itself, instead of --config")
     parser.add_argument("--log", metavar="FILE", help="append log lines to this file too")
@@ -366,6 +401,9 @@ def _make_reference(options: argparse.Namespace) -> None:
         source=source,
         extractor=extractor,
         out=options.out or Path(paths.reference(name)),
+        scratch=options.scratch,
+        time_budget_minutes=options.time_budget,
+        expected_gpus=options.gpus,
     )
 
 
@@ -381,21 +419,93 @@ def _extractor(options: argparse.Namespace, name: str) -> Path:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    checkpoint, sampler = options.checkpoint, options.sampler
-    settings = _slice(options, "evaluate", checkpoint, sampler)
-    samples = options.samples or Path(paths.samples(checkpoint, sampler))
-    reference = options.reference or Path(paths.reference(settings["reference_name"]))
-    extractor = _extractor(options, settings["extractor_name"])
+    if options.make_reference is not None:
+        _evaluate_reference(options)
+    elif options.settings is not None or options.reference is None:
+        _evaluate_cells(options)
+    else:
+        _evaluate_files(options)
 
-    from mixflow.stages.evaluate import evaluate
 
-    evaluate(
-        settings,
-        samples=_existing(samples, "the sample file"),
-        reference=_existing(reference, "the reference"),
-        extractor=extractor,
-        out=options.out or Path(paths.metrics(checkpoint, sampler)),
+def _evaluate_cells(options: argparse.Namespace) -> None:
+    """Sample files of the pipeline, each compared with what the config says, or `--settings`."""
+    for name in ("metrics", "compat", "kept_images"):
+        if getattr(options, name) is not None:
+            raise UserError(
+                f"--{name.replace('_', '-')} needs --reference: without it SAMPLES are the pipeline's own, measured "
+                "in full as config.yaml says"
+            )
+    for samples in options.samples:
+        checkpoint, sampler = paths.sampled(samples)
+        settings = _slice(options, "evaluate", checkpoint, sampler)
+        reference = options.reference or Path(paths.reference(settings["reference_name"]))
+        extractor = _extractor(options, settings["extractor_name"])
+
+        from mixflow.stages.evaluate import evaluate
+
+        evaluate(
+            settings,
+            samples=_existing(samples, "the sample file"),
+            reference=_existing(reference, "the reference"),
+            extractor=extractor,
+            out=options.out or Path(paths.metrics(checkpoint, sampler)),
+            scratch=options.scratch,
+            time_budget_minutes=options.time_budget,
+            expected_gpus=options.gpus,
+        )
+
+
+def _evaluate_files(options: argparse.Namespace) -> None:
+    from mixflow.stages.evaluate_files import evaluate_files, parse_metrics
+
+    if options.kept_images is not None:
+        raise UserError("--kept-images belongs to --make-reference: leave it out, or make a reference first")
+    table = evaluate_files(
+        options.samples,
+        reference=options.reference,
+        metrics=None if options.metrics is None else parse_metrics(options.metrics),
+        weights=options.extractor,
+        out=options.out or Path("metrics.json"),
+        records=_extractor_records(options),
+        compat=options.compat,
+        tf32=options.tf32,
+        keep_features=options.keep_features,
+        scratch=options.scratch,
+        time_budget_minutes=options.time_budget,
+        expected_gpus=options.gpus,
     )
+    if table is not None:
+        print(table)
+
+
+def _evaluate_reference(options: argparse.Namespace) -> None:
+    from mixflow.stages.evaluate_files import make_reference_file
+
+    if len(options.samples) != 1:
+        raise UserError(f"--make-reference takes one file or folder, here {len(options.samples)}: put all in one")
+    if options.reference is not None or options.compat is not None:
+        raise UserError("--make-reference makes a reference and measures nothing: leave out --reference and --compat")
+    make_reference_file(
+        options.samples[0],
+        metrics=options.metrics,
+        weights=options.extractor,
+        records=_extractor_records(options),
+        out=options.make_reference,
+        kept_images=options.kept_images,
+        tf32=options.tf32,
+        scratch=options.scratch,
+        time_budget_minutes=options.time_budget,
+        expected_gpus=options.gpus,
+    )
+
+
+def _extractor_records(options: argparse.Namespace) -> dict[str, Path]:
+    """Return the records of the feature networks that the pipeline has downloaded, by kind."""
+    if not all(Path(file).exists() for file in options.config):
+        return {}  # the command works without the pipeline
+    entries = [entry for entry in _config(options).extractors.values() if entry.download]
+    records = {entry.kind: Path(paths.download(entry.download)) for entry in entries}
+    return {kind: record for kind, record in records.items() if record.exists()}
 
 
 def _table_row(options: argparse.Namespace) -> None:

@@ -20,6 +20,8 @@ def _references(config: Config) -> Iterator[tuple[str, str, str]]:
     """Yield (where, name, section) for every mention of an entry by its name."""
     for name, dataset in config.datasets.items():
         yield f"datasets.{name}.reference", dataset.reference, "references"
+        for other in dataset.further_references:
+            yield f"datasets.{name}.further_references", other, "references"
     for section in ("autoencoders", "encoders", "extractors", "references"):
         for name, entry in getattr(config, section).items():
             if (download := getattr(entry, "download", None)) is not None:
@@ -101,6 +103,23 @@ def check_latents_entries(config: Config) -> None:
             )
 
 
+def check_comparisons(config: Config) -> None:
+    """Check that references can be made by their extractors."""
+    for name, reference in config.references.items():
+        where, extractor = f"references.{name}", config.extractors[reference.extractor]
+        if isinstance(extractor, Classifier) and reference.latents is None:
+            raise UserError(
+                f"{where}.download: the extractor '{reference.extractor}' sees cached images alone: name latents"
+            )
+        if isinstance(extractor, Classifier) or reference.latents is None:
+            continue
+        if config.autoencoder_of(reference.latents).kind != "pixels":
+            raise UserError(
+                f"{where}.latents: '{reference.latents}' holds no pixels, and images that went through an autoencoder "
+                "are no reference: name latents with the autoencoder pixels"
+            )
+
+
 def check_alignment(config: Config) -> None:
     """Check that what REPA aligns fits together: a network with projectors, the encoder's width, the same images."""
     for name, checkpoint in config.checkpoints.items():
@@ -167,8 +186,22 @@ def check_tables(config: Config) -> None:
                     f"{where}.rows.{row.key}.paper: {len(row.paper)} numbers for {width} columns: write one for each, "
                     "null where the paper has none"
                 )
+            if row.against is not None:
+                _check_control(where, table, row, row.against)
             if row.checkpoint is not None:
                 _check_columns(config, where, table, row, row.checkpoint)
+
+
+def _check_control(where: str, table: Table, row: Row, against: str) -> None:
+    at = f"{where}.rows.{row.key}.against"
+    quoted = {other.key: other.quoted for other in table.rows}
+    if against not in quoted:
+        raise UserError(f"{at}: '{against}' is not a row of this table{did_you_mean(against, quoted)}")
+    if against == row.key:
+        raise UserError(f"{at}: a row cannot be its own control: name another one")
+    if row.quoted or quoted[against]:
+        key = row.key if row.quoted else against
+        raise UserError(f"{at}: '{key}' is quoted, so nothing is measured there to compare: leave it out")
 
 
 def _check_columns(config: Config, where: str, table: Table, row: Row, checkpoint: str) -> None:
@@ -176,15 +209,12 @@ def _check_columns(config: Config, where: str, table: Table, row: Row, checkpoin
     for name in row.samplers or ():
         if name not in replaced:
             raise UserError(f"{where}.rows.{row.key}.samplers: no column has the sampler '{name}' to take the place of")
-    extractor = config.extractor_of(checkpoint)
-    metrics = config.extractors[extractor].metrics
     for index, column in enumerate(table.columns):
         at = f"{where}.columns.{index}"
         if column.sampler is None:
             raise UserError(f"{at}.sampler: missing, but the row of '{checkpoint}' is to be measured: add it")
-        if column.metric not in metrics:
-            raise UserError(
-                f"{at}.metric: '{column.metric}' cannot be had from the extractor '{extractor}', with which "
-                f"'{checkpoint}' is compared{did_you_mean(column.metric, metrics)}"
-            )
+        try:
+            config.reference_for(checkpoint, column.metric)
+        except UserError as error:
+            raise UserError(f"{at}.metric: {error}") from None
         check_pair(config, Pair(checkpoint, row.sampler_of(column)))

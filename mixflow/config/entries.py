@@ -85,6 +85,7 @@ class Digits(Entry):
     num_held_out: Count
     seed: Seed
     reference: str
+    further_references: Annotated[tuple[str, ...], LIST] = ()
 
     @property
     def num_channels(self) -> int:
@@ -108,6 +109,7 @@ class ImageNet(Entry):
     num_classes: Count
     num_images: Count  # what must be there
     reference: str
+    further_references: Annotated[tuple[str, ...], LIST] = ()  # for metrics of other extractors
 
     @property
     def num_channels(self) -> int:
@@ -337,7 +339,10 @@ class Checkpoint(Entry):
 # --- evaluation ------------------------------------------------------------------------------------------------------
 
 CLASSIFIER_METRICS = Literal["fd", "fd_held_out", "accuracy", "variance_ratio", "nearest_train", "nearest_held_out"]
-INCEPTION_METRICS = Literal["fid", "sfid", "is", "precision", "recall"]
+INCEPTION_METRICS = Literal[
+    "fid", "sfid", "is", "precision", "recall", "precision_exact", "recall_exact", "kid", "density", "coverage"
+]
+DINOV2_METRICS = Literal["fd_dinov2"]
 
 
 class Classifier(Entry):
@@ -370,6 +375,7 @@ class Inception(Entry):
 
     kind: Literal["inception"]
     download: str
+    tf32: Flag  # on a GPU; TensorFlow's default on recent ones, faster, and off by an amount that nobody published
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -377,17 +383,34 @@ class Inception(Entry):
 
     def network(self) -> dict[str, Any]:
         """Return what shapes the features."""
+        return {"kind": self.kind, "tf32": self.tf32}
+
+
+class DINOv2(Entry):
+    """The class token of a DINOv2 without registers, on images of 224 pixels: ViT-L/14 for FD-DINOv2."""
+
+    kind: Literal["dinov2"]
+    download: str
+    num_features: Count
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return get_args(DINOV2_METRICS)
+
+    def network(self) -> dict[str, Any]:
+        """Return what shapes the features."""
         return {"kind": self.kind}
 
 
-Extractor = Annotated[Classifier | Inception, Field(discriminator="kind")]
+Extractor = Annotated[Classifier | Inception | DINOv2, Field(discriminator="kind")]
 
 
 class Reference(Entry):
     """What samples are compared with, seen by an extractor: a dataset, or a published file of statistics and images."""
 
     latents: str | None = None
-    download: str | None = None  # ADM's reference .npz: arr_0, mu, sigma, mu_s, sigma_s
+    # ADM's reference .npz (arr_0, mu, sigma, mu_s, sigma_s), EDM2's .pkl, or what `evaluate --make-reference` wrote.
+    download: str | None = None
     extractor: str
 
     @model_validator(mode="after")
@@ -405,7 +428,7 @@ class Column(Entry):
 
     label: str | None = None
     sampler: str | None = None
-    metric: Literal[CLASSIFIER_METRICS, INCEPTION_METRICS]
+    metric: Literal[CLASSIFIER_METRICS, INCEPTION_METRICS, DINOV2_METRICS]
 
 
 class Tolerance(Entry):
@@ -424,7 +447,9 @@ class Row(Entry):
     quoted: Flag = False
     paper: Annotated[tuple[Annotated[float | None, Field(allow_inf_nan=False), TEXT], ...] | None, LIST] = None
     tolerance: Tolerance | None = None
+    paper_labels: Literal["balanced", "random"] | None = None  # of the samples behind the paper's numbers, where known
     samplers: dict[str, str] | None = None  # sampler of a column -> the one that this row takes in its place
+    against: str | None = None  # the row of the same table that is this one's control
     note: str | None = None
 
     @model_validator(mode="after")
@@ -433,6 +458,8 @@ class Row(Entry):
             raise UserError(f"the quoted row '{self.label}' needs 'name' and 'paper' and no 'checkpoint': correct it")
         if not self.quoted and self.checkpoint is None:
             raise UserError(f"the row '{self.label}' needs a 'checkpoint': name one, or write quoted: true")
+        if self.paper_labels is not None and self.paper is None:
+            raise UserError(f"paper_labels: the row '{self.label}' has no numbers of the paper: leave it out")
         return self
 
     @property

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from mixflow.config.checks import (
     check_alignment,
+    check_comparisons,
     check_latents_entries,
     check_networks,
     check_references,
@@ -63,6 +64,7 @@ def resolve(raw: dict[str, Any]) -> Config:
         raise UserError(sentence(error.errors()[0], sections)) from None
     check_references(config)
     check_latents_entries(config)
+    check_comparisons(config)
     config = _inherit_models(config)
     check_networks(config)
     check_alignment(config)

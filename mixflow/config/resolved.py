@@ -70,12 +70,26 @@ class Config(Entry):
         return self.get("datasets", self.get("latents", latents).dataset)
 
     def reference_of(self, checkpoint: str) -> str:
-        """Return the reference that a checkpoint's samples are compared with."""
+        """Return the reference that a checkpoint's samples are compared with first of all."""
         return self.dataset_of(self.latents_of(checkpoint)).reference
 
-    def extractor_of(self, checkpoint: str) -> str:
-        """Return the extractor that a checkpoint's samples are seen by."""
-        return self.get("references", self.reference_of(checkpoint)).extractor
+    def references_of(self, checkpoint: str) -> dict[str, tuple[str, ...]]:
+        """Return all references that a checkpoint's samples can be compared with, and the metrics of each."""
+        dataset = self.dataset_of(self.latents_of(checkpoint))
+        names = dict.fromkeys((dataset.reference, *dataset.further_references))
+        return {name: self.extractors[self.get("references", name).extractor].metrics for name in names}
+
+    def reference_for(self, checkpoint: str, metric: str) -> str:
+        """Return the reference that gives a metric of a checkpoint's samples. `UserError` where none does."""
+        references = self.references_of(checkpoint)
+        for name, metrics in references.items():
+            if metric in metrics:
+                return name
+        known = [metric for metrics in references.values() for metric in metrics]
+        raise UserError(
+            f"'{metric}' cannot be had from {' or '.join(references)}, with which '{checkpoint}' is "
+            f"compared{did_you_mean(metric, known)}"
+        )
 
     def cells(self, table: str, row: str | None = None) -> list[Pair]:
         """Return the sample sets that a table, or one row of it, needs: each once, in order."""
@@ -117,7 +131,7 @@ class Config(Entry):
         """Return the settings of one job as plain JSON-able values, resolved, with nothing that is not its business.
 
         Stages and names: stand_ins, download DOWNLOAD, cache_latents LATENTS, train CHECKPOINT, import_weights
-        CHECKPOINT, sample and evaluate CHECKPOINT SAMPLER, train_extractor EXTRACTOR, make_reference REFERENCE, row
-        TABLE ROW, figure TABLE FIGURE, render TABLE.
+        CHECKPOINT, sample CHECKPOINT SAMPLER, evaluate CHECKPOINT SAMPLER [REFERENCE], train_extractor EXTRACTOR,
+        make_reference REFERENCE, row TABLE ROW, figure TABLE FIGURE, render TABLE.
         """
         return SLICES[stage](self, *names)

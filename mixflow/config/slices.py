@@ -41,7 +41,11 @@ def _slice_stand_ins(config: Config) -> dict[str, Any]:
         if isinstance(dataset, ImageNet) and dataset.folder.startswith(folder)
     }
     extractors = {name: files[0] for name, _, files in made("extractors")}
-    resolutions = {dataset.reference: dataset.resolution for dataset in config.datasets.values()}
+    resolutions = {
+        reference: dataset.resolution
+        for dataset in config.datasets.values()
+        for reference in (dataset.reference, *dataset.further_references)
+    }
     return {
         "folder": config.stand_ins.folder,
         "seed": config.stand_ins.seed,
@@ -49,9 +53,13 @@ def _slice_stand_ins(config: Config) -> dict[str, Any]:
         "networks": {files[0]: config.network_options(name) for name, _, files in made("checkpoints")},
         "autoencoders": {files[0]: entry.dump("download", "kind") for _, entry, files in made("autoencoders")},
         "encoders": {files[0]: entry.num_features for _, entry, files in made("encoders")},
-        "extractors": sorted(extractors.values()),
+        "extractors": {file: config.extractors[name].dump("download") for name, file in extractors.items()},
         "references": {
-            files[0]: {"resolution": resolutions[name], "extractor": extractors[entry.extractor]}
+            files[0]: {
+                "resolution": resolutions[name],
+                "extractor": extractors[entry.extractor],
+                "kind": config.extractors[entry.extractor].kind,
+            }
             for name, entry, files in made("references")
         },
     }
@@ -65,7 +73,7 @@ def _slice_cache_latents(config: Config, name: str) -> dict[str, Any]:
     entry = config.get("latents", name)
     return {
         "latents": name,
-        "dataset": config.dataset_of(name).dump("reference", "folder"),
+        "dataset": config.dataset_of(name).dump("reference", "further_references", "folder"),
         "autoencoder": config.autoencoder_of(name).dump("download"),
         "shard_size": entry.shard_size,
     }
@@ -130,17 +138,21 @@ def _slice_make_reference(config: Config, name: str) -> dict[str, Any]:
     }
 
 
-def _slice_evaluate(config: Config, checkpoint: str, sampler: str) -> dict[str, Any]:
+def _slice_evaluate(config: Config, checkpoint: str, sampler: str, reference: str | None = None) -> dict[str, Any]:
     check_pair(config, Pair(checkpoint, sampler))
     entry = config.samplers[sampler]
-    extractor = config.extractor_of(checkpoint)
+    known = config.references_of(checkpoint)
+    name = reference or config.reference_of(checkpoint)
+    if name not in known:
+        raise UserError(f"'{name}' is no reference for the samples of '{checkpoint}'{did_you_mean(name, known)}")
+    extractor = config.references[name].extractor
     calls = {} if entry.call_times is None else {"network_calls_per_image": network_calls(entry)}
     return {
         "checkpoint": checkpoint,
         "sampler_name": sampler,
         "sampler": entry.dump(),
         **calls,
-        "reference_name": config.reference_of(checkpoint),
+        "reference_name": name,
         "extractor_name": extractor,
         "extractor": config.extractors[extractor].network(),
     }
@@ -173,7 +185,10 @@ def _sampler_of(config: Config, row: Row, column: Column) -> dict[str, Any]:
     name = row.sampler_of(column)
     sampler = config.samplers[name]
     steps = {} if isinstance(sampler, Dopri5) else {"num_steps": sampler.num_steps}
-    return {"sampler": name, "guidance": sampler.guidance.scale, **steps}
+    assert row.checkpoint is not None, "only measured rows are sampled"
+    reference = config.reference_for(row.checkpoint, column.metric)
+    other = {} if reference == config.reference_of(row.checkpoint) else {"reference": reference}
+    return {"sampler": name, **other, "guidance": sampler.guidance.scale, **steps}
 
 
 def _made_by(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:

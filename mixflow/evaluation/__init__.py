@@ -1,48 +1,54 @@
 """Metrics over features, logits and pixels, and the networks that make the features."""
 
-from mixflow.evaluation.adm import (
-    Features,
-    Reference,
-    adm_metrics,
-    image_features,
-    load_adm_reference,
-    make_adm_reference,
-)
-from mixflow.evaluation.archives import ImageArchive
+from mixflow.evaluation.checks import label_kind
 from mixflow.evaluation.classifier import Classifier, load_classifier, save_classifier, train_classifier
 from mixflow.evaluation.frechet import covariance_factor, frechet_distance, frechet_distance_to
+from mixflow.evaluation.images import ImageArchive, ImageFolder, open_images
 from mixflow.evaluation.inception import Inception, load_inception, tiny_inception_state_dict
 from mixflow.evaluation.inception_score import inception_score
+from mixflow.evaluation.kernel import kernel_distance
 from mixflow.evaluation.metrics import class_accuracy, memorisation, nearest_distances, variance_ratio
 from mixflow.evaluation.moments import Moments, moments
-from mixflow.evaluation.precision_recall import precision_recall
+from mixflow.evaluation.precision_recall import density_coverage, precision_recall
+from mixflow.evaluation.references import Reference, load_reference, measure, write_reference
 from mixflow.evaluation.resize import resize_tf1
+from mixflow.evaluation.statistics import read_statistics
+from mixflow.evaluation.uncertainty import Estimate, Spread, frechet_estimate, spread, standard_error
 
 __all__ = [
     "Classifier",
-    "Features",
+    "Estimate",
     "ImageArchive",
+    "ImageFolder",
     "Inception",
     "Moments",
     "Reference",
-    "adm_metrics",
+    "Spread",
     "class_accuracy",
     "covariance_factor",
+    "density_coverage",
     "frechet_distance",
     "frechet_distance_to",
-    "image_features",
+    "frechet_estimate",
     "inception_score",
-    "load_adm_reference",
+    "kernel_distance",
+    "label_kind",
     "load_classifier",
     "load_inception",
-    "make_adm_reference",
+    "load_reference",
+    "measure",
     "memorisation",
     "moments",
     "nearest_distances",
+    "open_images",
     "precision_recall",
+    "read_statistics",
     "resize_tf1",
     "save_classifier",
+    "spread",
+    "standard_error",
     "tiny_inception_state_dict",
     "train_classifier",
     "variance_ratio",
+    "write_reference",
 ]

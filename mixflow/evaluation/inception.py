@@ -112,10 +112,11 @@ _CONVOLUTION_KEYS = ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "
 
 
 class Inception:
-    """Inception in float32, without TF32; batch norms are folded into the convolutions. Widths follow the weights."""
+    """Inception in float32; batch norms are folded into the convolutions. Widths follow the weights."""
 
     num_features: int  # of pool_3: 2048
     num_classes: int  # 1008
+    tf32: bool  # whether CUDA may round the factors of its products to TF32
     _classes: Tensor  # [num_classes, num_features]
 
     def __init__(
@@ -123,9 +124,11 @@ class Inception:
         state_dict: Mapping[str, Tensor],  # torch-fidelity's key names
         device: torch.device | str = "cpu",
         source: str = "the given state dict",  # what to call it in messages
+        tf32: bool = False,  # let CUDA round the factors of products to TF32, as TensorFlow does; the CPU never does
     ) -> None:
         """Raises `UserError` for missing weights, or shapes that do not belong together."""
         self.device = torch.device(device)
+        self.tf32 = tf32
         self._kernels: dict[str, tuple[Tensor, Tensor]] = {}
         names = [f"{node}.{key}" for node in _CONVOLUTIONS for key in _CONVOLUTION_KEYS]
         missing = [name for name in [*names, "fc.weight"] if name not in state_dict]
@@ -169,8 +172,8 @@ class Inception:
         """
         pixels = as_tensor(images).to(self.device, non_blocking=True)
         resized = resize_tf1(pixels, INPUT_SIZE).permute(0, 3, 1, 2)  # [B,3,299,299], channels last in memory
-        with _strict_float32():
-            pool, spatial = self._forward((resized - 128) / 128)
+        with _float32(self.tf32):
+            pool, spatial = self._forward(resized.sub_(128).div_(128))
             return pool, spatial, pool @ self._classes.T
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -250,17 +253,19 @@ def _spatial(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _strict_float32() -> Iterator[None]:
-    """Keep TF32, which cuDNN uses unless told otherwise, out of the features."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+def _float32(tf32: bool) -> Iterator[None]:
+    """Decide on TF32, which cuDNN uses unless told otherwise, whatever the caller has decided for other networks."""
+    # Not by `allow_tf32`, which cannot be read where somebody has set these.
+    convolution, product = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    before = convolution.fp32_precision, product.fp32_precision
+    convolution.fp32_precision = product.fp32_precision = "tf32" if tf32 else "ieee"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        convolution.fp32_precision, product.fp32_precision = before
 
 
-def load_inception(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Inception:
+def load_inception(path: str | os.PathLike[str], device: torch.device | str = "cpu", tf32: bool = False) -> Inception:
     """Read a .pth file of torch-fidelity's, without running code from it. `UserError` for a missing or broken file."""
     source = f"weights file '{path}'"
     try:
@@ -273,7 +278,7 @@ def load_inception(path: str | os.PathLike[str], device: torch.device | str = "c
         ) from error
     if not isinstance(state_dict, Mapping):
         raise UserError(f"{source} holds a {type(state_dict).__name__}, not a state dict: fetch the right file")
-    return Inception(state_dict, device, source)
+    return Inception(state_dict, device, source, tf32)
 
 
 def tiny_inception_state_dict(seed: int, width_divisor: int = 16) -> dict[str, Tensor]:

@@ -30,14 +30,17 @@ def resize_tf1(images: Array, size: int) -> Tensor:
             f"{list(pixels.shape)}: convert them to 0..255 first"
         )
     height, width = (1, 2) if pixels.shape[3] in (1, 3) else (2, 3)
-    return _lerp(_lerp(pixels.float(), width, size), height, size)
+    return _lerp(_lerp(pixels, width, size), height, size)
 
 
 def _lerp(x: Tensor, dim: int, size: int) -> Tensor:
     """Interpolate linearly along `dim` to `size` entries; columns go before rows, as float32 rounding depends on it."""
+    if x.shape[dim] == size:
+        return x.float()  # all fractions are zero
     low, high, fraction = _grid(x.shape[dim], size, x.device)
-    below, above = x.index_select(dim, low), x.index_select(dim, high)
-    return below + (above - below) * fraction.view(-1, *[1] * (x.ndim - 1 - dim))
+    # Neighbours are picked before they become float32, and the rest is done in place: memory is what this waits for.
+    below, above = x.index_select(dim, low).float(), x.index_select(dim, high).float()
+    return above.sub_(below).mul_(fraction.view(-1, *[1] * (x.ndim - 1 - dim))).add_(below)
 
 
 @functools.lru_cache(maxsize=8)  # a copy to the device for every batch would make the host wait

@@ -1,6 +1,6 @@
 """Networks, behind one convention: `net(x, t, y)` is the velocity x1 - x0 in paper time (t=0 noise, t=1 data)."""
 
-from mixflow.models.dinov2 import DINOv2, load_dinov2
+from mixflow.models.dinov2 import DINOv2, DINOv2Class, load_dinov2, load_dinov2_class
 from mixflow.models.export import export_weights
 from mixflow.models.load import build_model, describe_weights, load_model
 from mixflow.models.repa import REPA, check_projectors
@@ -10,6 +10,7 @@ from mixflow.models.weights import convert_weights, read_state_dict, save_model
 __all__ = [
     "REPA",
     "DINOv2",
+    "DINOv2Class",
     "SiT",
     "build_model",
     "check_projectors",
@@ -17,6 +18,7 @@ __all__ = [
     "describe_weights",
     "export_weights",
     "load_dinov2",
+    "load_dinov2_class",
     "load_model",
     "read_state_dict",
     "save_model",

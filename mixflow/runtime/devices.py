@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from mixflow.runtime.errors import UserError
+from mixflow.runtime.processes import require_gpus
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 # Processes wait for the slowest: for a whole batch of samples, or while one of them hashes a cache. NCCL gives up after
@@ -24,17 +25,12 @@ def start_accelerator(precision: str, expected_gpus: int | None = None) -> Accel
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision '{precision}' is not known: use one of {', '.join(PRECISIONS)}")
-    visible = torch.cuda.device_count()
-    if expected_gpus and visible < expected_gpus:
-        raise UserError(
-            f"{expected_gpus} GPU(s) were asked for but {visible} are visible: check the allocation, the driver and, "
-            "in a container, --nv or --gpus"
-        )
+    require_gpus(expected_gpus)
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     return Accelerator(
         # Without it, a torch that could use CUDA makes a lone process of each where there is no GPU.
-        cpu=visible == 0,
+        cpu=torch.cuda.device_count() == 0,
         mixed_precision="bf16" if precision == "bf16" else "no",
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=_LONGEST_WAIT)],

@@ -44,7 +44,8 @@ def download(
 
     The record is {"download", "source", "folder", "files": {name in the entry: {"path", "sha256", "bytes"}}}. A file
     must have the entry's SHA-256 or, where the entry gives none and the source is not one's own folder, that of the
-    first time. Raises `UserError` for whatever keeps a file from being had, with the place for a copy fetched by hand.
+    first time, and one that begins as its name says (NAME-6726825d.pth, as torch.hub has it). Raises
+    `UserError` for whatever keeps a file from being had, with the place for a copy fetched by hand.
     """
     target = Path(entry["folder"]).expanduser() if "folder" in entry else folder / name
     source = _Source(name, entry, target)
@@ -59,6 +60,7 @@ def download(
                 path.unlink()
             raise source.wrong_hash(path, digits, asked, is_fresh)
         if asked is None and lock is not None:
+            source.require_digits_of_name(wanted, path, digits)
             lock.check(wanted, path, found)
         files[wanted] = found
     if lock is not None:
@@ -113,6 +115,16 @@ class _Source:
     def sha256(self, wanted: str) -> str | None:
         digits = (self.entry.get("sha256") or {}).get(wanted)
         return None if digits is None else digits.lower()
+
+    def require_digits_of_name(self, wanted: str, path: Path, found: str) -> None:
+        """Raise `UserError` for a file called NAME-0123abcd.pth whose SHA-256 does not begin so, and move it aside."""
+        digits = re.search(r"-([0-9a-f]{8,64})\.[a-z]+$", wanted)
+        if digits is not None and not found.startswith(digits[1]):
+            path.rename(path.with_name(path.name + ".wrong"))
+            raise UserError(
+                f"'{path}' of download '{self.name}' has sha256 {found}, not one that begins with {digits[1]} as its "
+                f"name says, and is now called {path.name}.wrong: run again to fetch it anew from {self.place}"
+            )
 
     def find_or_fetch(self, wanted: str) -> tuple[Path, bool]:
         """Return the file, and whether it was fetched just now."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from mixflow.runtime.errors import UserError
+
 
 def download(name: str) -> str:
     return f"results/downloads/{name}.json"
@@ -35,8 +39,21 @@ def samples(checkpoint: str, sampler: str) -> str:
     return f"results/samples/{checkpoint}/{sampler}/samples.npz"
 
 
-def metrics(checkpoint: str, sampler: str) -> str:
-    return f"results/metrics/{checkpoint}/{sampler}/metrics.json"
+def sampled(path: Path) -> tuple[str, str]:
+    """Return (checkpoint, sampler) of a sample file by its place. `UserError` for one that lies elsewhere."""
+    parts = path.parts[-5:]
+    if len(parts) != 5 or (*parts[:2], parts[4]) != ("results", "samples", "samples.npz"):
+        raise UserError(
+            f"'{path}' is no sample file of the pipeline (results/samples/CHECKPOINT/SAMPLER/samples.npz): say with "
+            "--reference what to compare it with"
+        )
+    return parts[2], parts[3]
+
+
+def metrics(checkpoint: str, sampler: str, reference: str | None = None) -> str:
+    """Return the metrics of a sample set against its dataset's first reference, or against a further one."""
+    further = f"{reference}/" if reference else ""
+    return f"results/metrics/{checkpoint}/{sampler}/{further}metrics.json"
 
 
 def row(table: str, name: str) -> str:

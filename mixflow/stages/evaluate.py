@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,26 +15,30 @@ from mixflow.autoencoders import load_autoencoder
 from mixflow.data.latents import LatentCache
 from mixflow.evaluation import (
     Classifier,
-    ImageArchive,
-    adm_metrics,
+    Estimate,
     class_accuracy,
     frechet_distance,
-    image_features,
-    load_adm_reference,
+    frechet_estimate,
     load_classifier,
-    load_inception,
-    make_adm_reference,
+    load_reference,
     memorisation,
     moments,
+    open_images,
     save_classifier,
+    standard_error,
     train_classifier,
     variance_ratio,
 )
 from mixflow.runtime.downloads import downloaded_file
-from mixflow.runtime.errors import UserError, did_you_mean
+from mixflow.runtime.errors import UserError
 from mixflow.runtime.files import atomic_path, write_json
+from mixflow.runtime.processes import start_processes
 from mixflow.runtime.progress import log
 from mixflow.runtime.provenance import RunRecord
+from mixflow.runtime.stopping import StopRequest
+from mixflow.stages.image_features import Extractor, find_extractor
+from mixflow.stages.measure import Measured, measure_images, measurement
+from mixflow.stages.references import CachedImages, make_image_reference, require_extractor
 
 BATCH = 500  # images per pass of the feature network; features do not depend on it beyond float rounding
 
@@ -64,28 +68,99 @@ def train_extractor(settings: dict[str, Any], *, latents: Path, out: Path) -> No
     log.info("%s: %.1f%% of held-out images classified rightly", settings["extractor_name"], 100 * accuracy)
 
 
-def make_reference(settings: dict[str, Any], *, source: Path, extractor: Path, out: Path) -> None:
+def make_reference(
+    settings: dict[str, Any],
+    *,
+    source: Path,  # index of a latent cache, or record of a download
+    extractor: Path,  # weights of the network, or record of their download
+    out: Path,
+    scratch: Path = Path("scratch"),
+    time_budget_minutes: float | None = None,
+    expected_gpus: int | None = None,
+) -> None:
     """Write what samples are compared with, and run.json beside it, as the kind of extractor asks."""
-    _kind_of(settings).make_reference(settings, source, extractor, out)
+    if settings["extractor"]["kind"] == "classifier":
+        if _is_main_process():
+            _make_classifier_reference(settings, source, extractor, out)
+        return
+    processes, stop = start_processes(expected_gpus), StopRequest(time_budget_minutes)
+    network = _network(settings, extractor)
+    parents = {"extractor": network.weights}
+    images: Path | CachedImages
+    if "latents" in settings["reference"]:
+        parents["latents"] = source
+        images = cached = CachedImages(source, settings["autoencoder"])
+        if processes.is_main_process:
+            cached.cache.verify()
+    else:
+        images = parents["source"] = downloaded_file(source)
+    record = RunRecord("make-reference", settings, parents)
+    num_images = make_image_reference(
+        images, network, out, scratch=scratch, processes=processes, stop=stop,
+        only_statistics="download" in settings["reference"],
+    )  # fmt: skip
+    if processes.is_main_process:
+        record.write(out.parent / "run.json", [out], images=num_images)
+    processes.end_training()
 
 
-def evaluate(settings: dict[str, Any], *, samples: Path, reference: Path, extractor: Path, out: Path) -> None:
-    """Write metrics.json, {metrics, num_images, protocol, parents}. Equal inputs, equal bytes: it holds no times."""
-    record, metrics, num_images = _kind_of(settings).measure(settings, samples, reference, extractor)
-    write_json(
-        out,
-        {
-            "metrics": {name: float(value) for name, value in metrics.items()},
-            "num_images": num_images,
-            "protocol": settings,
-            "parents": record.parent_hashes,
-        },
+def evaluate(
+    settings: dict[str, Any],
+    *,
+    samples: Path,
+    reference: Path,
+    extractor: Path,  # weights of the network, or record of their download
+    out: Path,
+    scratch: Path = Path("scratch"),
+    time_budget_minutes: float | None = None,
+    expected_gpus: int | None = None,
+) -> None:
+    """Write metrics.json, {metrics, standard_errors, num_images, labels, warnings, protocol, parents}.
+
+    Equal inputs, equal bytes: it holds no times. Running it again after an interruption continues.
+    """
+    if settings["extractor"]["kind"] == "classifier":
+        if _is_main_process():
+            _evaluate_by_classifier(settings, samples, reference, extractor, out)
+        return
+    processes, stop = start_processes(expected_gpus), StopRequest(time_budget_minutes)
+    network = _network(settings, extractor)
+    record = RunRecord("evaluate", settings, {"samples": samples, "reference": reference, "extractor": network.weights})
+    real = load_reference(reference, processes.device)
+    require_extractor(real, reference, network)
+    measured = measure_images(
+        open_images(samples),
+        record.parent_hashes["samples"],
+        real,
+        reference,
+        network,
+        real.metrics(),
+        scratch=scratch,
+        processes=processes,
+        stop=stop,
     )
-    record.write(out.parent / "run.json", [out], images=num_images)
-    log.info("%s: %s", out, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    if measured is not None:
+        protocol = {**settings, "measurement": measurement(real, network, measured.num_images)}
+        _write(out, record, measured._replace(labels=settings["sampler"]["labels"]).summary(), protocol)
+    processes.end_training()
 
 
-Measured = tuple[RunRecord, dict[str, float], int]  # and the number of images
+def _write(out: Path, record: RunRecord, summary: dict[str, Any], protocol: dict[str, Any]) -> None:
+    write_json(out, {**summary, "protocol": protocol, "parents": record.parent_hashes})
+    record.write(out.parent / "run.json", [out], images=summary["num_images"])
+    for warning in summary["warnings"]:
+        log.warning("%s", warning)
+    log.info("%s: %s", out, ", ".join(f"{name} {value:.4g}" for name, value in summary["metrics"].items()))
+
+
+def _network(settings: dict[str, Any], extractor: Path) -> Extractor:
+    entry = settings["extractor"]
+    return find_extractor(entry["kind"], downloaded_file(extractor), entry.get("tf32", False))
+
+
+def _is_main_process() -> bool:
+    """A small job that one process does, whatever the number that was started."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 # --- a classifier that the pipeline trains; `source` is the index of a latent cache, `extractor` the weights
@@ -112,80 +187,36 @@ def _make_classifier_reference(settings: dict[str, Any], source: Path, extractor
     log.info("%s: Fréchet distance of held-out to training images %.2f", settings["reference_name"], floor)
 
 
-def _measure_by_classifier(settings: dict[str, Any], samples: Path, reference: Path, extractor: Path) -> Measured:
+def _evaluate_by_classifier(
+    settings: dict[str, Any], samples: Path, reference: Path, extractor: Path, out: Path
+) -> None:
     record = RunRecord("evaluate", settings, {"samples": samples, "reference": reference, "extractor": extractor})
     real = load_file(reference)
     images, labels = load_samples(samples)
     height, width = real["train.images"].shape[1:3]
-    _require_size(samples, (images.shape[1], images.shape[2]), reference, (height, width))
+    if (images.shape[1], images.shape[2]) != (height, width):
+        raise UserError(
+            f"'{samples}' holds images of {images.shape[2]}x{images.shape[1]} but '{reference}' was made at "
+            f"{width}x{height}: name a reference of that resolution"
+        )
     network = load_classifier(extractor)
     features, logits = _features(network, images)
-    mu, sigma = moments(features)
     grey = images[..., : real["train.images"].shape[-1]]  # grey images are stored with three equal channels
-    metrics = {
-        "fd": frechet_distance(real["train.mu"], real["train.sigma"], mu, sigma),
-        "fd_held_out": frechet_distance(real["held_out.mu"], real["held_out.sigma"], mu, sigma),
-        "accuracy": class_accuracy(logits, labels),
-        "variance_ratio": variance_ratio(grey, real["train.images"]),
-        **memorisation(grey, real["train.images"], real["held_out.images"]),
+    is_right = (logits.argmax(dim=1) == labels).double()
+    estimates = {
+        "fd": frechet_estimate(real["train.mu"], real["train.sigma"], features),
+        "fd_held_out": frechet_estimate(real["held_out.mu"], real["held_out.sigma"], features),
+        "accuracy": Estimate(class_accuracy(logits, labels), standard_error(is_right)),
+        "variance_ratio": Estimate(variance_ratio(grey, real["train.images"]), None),
+        **{
+            name: Estimate(value, None)
+            for name, value in memorisation(grey, real["train.images"], real["held_out.images"]).items()
+        },
     }
-    return record, metrics, len(images)
-
-
-# --- Inception, as in the ADM evaluator; `source` and `extractor` are records of downloads
-
-
-def _make_inception_reference(settings: dict[str, Any], source: Path, extractor: Path, out: Path) -> None:
-    """The statistics of a published file, and the features of its images."""
-    archive, weights = downloaded_file(source), downloaded_file(extractor)
-    record = RunRecord("make-reference", settings, {"source": archive, "extractor": weights})
-    network = load_inception(weights, _device())
-    num_images = make_adm_reference(archive, network, record.parent_hashes["extractor"], out)
-    record.write(out.parent / "run.json", [out], images=num_images)
-    log.info("%s: statistics, and features of %d images, in %s", settings["reference_name"], num_images, out)
-
-
-def _measure_by_inception(settings: dict[str, Any], samples: Path, reference: Path, extractor: Path) -> Measured:
-    weights = downloaded_file(extractor)
-    record = RunRecord("evaluate", settings, {"samples": samples, "reference": reference, "extractor": weights})
-    images, real = ImageArchive(samples), load_adm_reference(reference, _device())
-    _require_size(samples, images.size, reference, real.size)
-    if real.extractor != record.parent_hashes["extractor"]:
-        raise UserError(f"'{reference}' was made with other weights than '{weights}': make the reference again")
-    features = image_features(load_inception(weights, _device()), images)
-    return record, adm_metrics(real, features), len(images)
-
-
-class _Kind(NamedTuple):
-    """What an extractor can be used for."""
-
-    make_reference: Callable[[dict[str, Any], Path, Path, Path], None]  # settings, source, extractor, out
-    measure: Callable[[dict[str, Any], Path, Path, Path], Measured]  # settings, samples, reference, extractor
-
-
-_KINDS = {
-    "classifier": _Kind(_make_classifier_reference, _measure_by_classifier),
-    "inception": _Kind(_make_inception_reference, _measure_by_inception),
-}
-
-
-def _kind_of(settings: dict[str, Any]) -> _Kind:
-    kind = settings["extractor"]["kind"]
-    if kind not in _KINDS:
-        raise UserError(f"extractor kind '{kind}' is not known{did_you_mean(kind, _KINDS)}")
-    return _KINDS[kind]
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _require_size(samples: Path, size: tuple[int, int], reference: Path, wanted: tuple[int, int]) -> None:
-    if size != wanted:
-        raise UserError(
-            f"'{samples}' holds images of {size[1]}x{size[0]} but '{reference}' was made at {wanted[1]}x{wanted[0]}: "
-            "name a reference of that resolution"
-        )
+    measured = Measured(
+        estimates, len(images), (height, width), settings["sampler"]["labels"], [], np.empty(0, np.uint64)
+    )
+    _write(out, record, measured.summary(), settings)
 
 
 def load_samples(path: Path) -> tuple[Tensor, Tensor]:

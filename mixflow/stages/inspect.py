@@ -50,8 +50,9 @@ def _describe_safetensors(path: Path) -> dict[str, Any]:
     saved = json.loads(metadata.get("mixflow", "{}"))
     if saved.get("kind") == "classifier":
         return {**saved, "kind": "feature network"}
-    if saved.get("kind") == "adm reference":
-        return {**saved, "kind": "reference"}
+    if saved.get("file") == "mixflow reference":
+        saved |= {"extractor_sha256": saved.pop("extractor"), "source_sha256": saved.pop("source")}
+        return {**saved, "extractor": saved["kind"], "file": str(path), "kind": "reference"}
     return _describe_weights(path)
 
 
@@ -108,6 +109,8 @@ def _describe_json(path: Path) -> dict[str, Any]:
         return {"kind": "run record", **{name: value[name] for name in kept}}
     if "metrics" in value and "protocol" in value:
         return {"kind": "metrics", **value["metrics"], "images sampled": value["num_images"]}
+    if "sets" in value and "spread" in value:
+        return {"kind": "metrics of several sets", "sets": len(value["sets"]), **value["spread"]}
     if "cells" in value:
         return {"kind": "table row", **value}
     if {"download", "files"} <= set(value):

@@ -6,6 +6,7 @@ They differ from the real files in size and content alone; whatever reads them r
 from __future__ import annotations
 
 import argparse
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import nn
 
 from mixflow.evaluation import moments
 from mixflow.evaluation.inception import load_inception, tiny_inception_state_dict
-from mixflow.models import build_model
+from mixflow.models import build_model, load_dinov2_class
 from mixflow.runtime.errors import UserError
 from mixflow.runtime.files import atomic_path, file_sha256, write_json
 from mixflow.runtime.progress import log
@@ -40,10 +41,14 @@ def make_stand_ins(settings: dict[str, Any], out: Path) -> None:
         _make_autoencoder(Path(path).parent, options, seed)
     for path, num_features in settings["encoders"].items():
         _make_encoder(Path(path), num_features, seed)
-    for path in settings["extractors"]:
-        _save(Path(path), tiny_inception_state_dict(seed, width_divisor=32))
+    for path, options in settings["extractors"].items():
+        if options["kind"] == "dinov2":
+            _make_encoder(Path(path), options["num_features"], seed)
+        else:
+            _save(Path(path), tiny_inception_state_dict(seed, width_divisor=32))
     for path, options in settings["references"].items():
-        _make_reference(Path(path), options["resolution"], Path(options["extractor"]), seed)
+        make = _make_edm2_reference if options["kind"] == "dinov2" else _make_adm_reference
+        make(Path(path), _reference_images(options["resolution"], seed), Path(options["extractor"]))
     files = sorted(path for path in Path(settings["folder"]).rglob("*") if path.is_file() and path.name != MARKER)
     write_json(out, {str(path): file_sha256(path) for path in files})
     log.info("%d stand-ins in %s", len(files), settings["folder"])
@@ -131,18 +136,25 @@ def _make_encoder(path: Path, num_features: int, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = timm.create_model(
-            "vit_base_patch14_dinov2", embed_dim=num_features, depth=2, num_heads=max(num_features // 64, 1)
+            "vit_base_patch14_dinov2",
+            embed_dim=num_features,
+            depth=2,
+            num_heads=max(num_features // 64, 1),
+            init_values=1.0,  # of the layer scales: from timm's 1e-5 the class token would hardly see the image
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file(encoder.state_dict(), path)
 
 
-def _make_reference(path: Path, resolution: int, extractor: Path, seed: int) -> None:
-    """Write a reference file as OpenAI publishes it: images, and the moments of their features."""
+def _reference_images(resolution: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     coarse = rng.uniform(0, 255, size=(IMAGES_PER_REFERENCE, 4, 4, 3)).astype(np.uint8)
     size = (resolution, resolution)
-    images = np.stack([np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in coarse])
+    return np.stack([np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in coarse])
+
+
+def _make_adm_reference(path: Path, images: np.ndarray, extractor: Path) -> None:
+    """Write a reference file as OpenAI publishes it: images, and the moments of their features."""
     network = load_inception(extractor)
     with torch.inference_mode():
         pool, spatial, _ = network(torch.from_numpy(images))
@@ -150,6 +162,13 @@ def _make_reference(path: Path, resolution: int, extractor: Path, seed: int) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, arr_0=images, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
+
+
+def _make_edm2_reference(path: Path, images: np.ndarray, extractor: Path) -> None:
+    """Write a statistics file as EDM2 publishes it."""
+    mu, sigma = (x.cpu().numpy() for x in moments(load_dinov2_class(extractor)(images)))
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        pickle.dump({"fd_dinov2": {"mu": mu, "sigma": sigma}}, file)
 
 
 def _save(path: Path, payload: Any) -> None:

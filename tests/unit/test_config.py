@@ -227,8 +227,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
      "tables.demo.columns.0.sampler: missing, but the row of 'base' is to be measured: add it"),
     ({"tables/demo/columns/0/metric": "fdd"}, "tables.demo.columns.0.metric: 'fdd' is not known; did you mean 'fd'?"),
     ({"tables/demo/columns/0/metric": "fid"},
-     "tables.demo.columns.0.metric: 'fid' cannot be had from the extractor 'small', with which 'base' is compared; did "
-     "you mean 'fd'?"),
+     "tables.demo.columns.0.metric: 'fid' cannot be had from digits, with which 'base' is compared; did you mean "
+     "'fd'?"),
     ({"tables/demo/rows/1/checkpoint": "base"},
      "tables.demo.rows: 'base' stands there 2 times: give one of them another name"),
     ({"tables/demo/rows/0/name": "a b"}, "tables.demo.rows: the name 'a b' cannot be used in paths"),
@@ -271,6 +271,19 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
      "references.digits: a reference has either 'latents' or 'download': write one of the two"),
     ({"tables/demo/rows/0/samplers": {"euler5": "euler50"}},
      "tables.demo.rows.base.samplers: no column has the sampler 'euler5' to take the place of"),
+    ({"tables/demo/rows/1/against": "bas"},
+     "tables.demo.rows.mixflow.against: 'bas' is not a row of this table; did you mean 'base'?"),
+    ({"tables/demo/rows/1/against": "mixflow"},
+     "tables.demo.rows.mixflow.against: a row cannot be its own control: name another one"),
+    ({"tables/demo/rows/0": {"quoted": True, "name": "own", "label": "x", "paper": [1.0, None]},
+      "tables/demo/rows/1/against": "own"},
+     "tables.demo.rows.mixflow.against: 'own' is quoted, so nothing is measured there to compare: leave it out"),
+    ({"tables/demo/rows/0": {"quoted": True, "name": "own", "label": "x", "paper": [1.0, None], "against": "mixflow"}},
+     "tables.demo.rows.own.against: 'own' is quoted, so nothing is measured there to compare: leave it out"),
+    ({"tables/demo/rows/0/paper_labels": "random"},
+     "tables.demo.rows.0.paper_labels: the row 'base' has no numbers of the paper: leave it out"),
+    ({"tables/demo/rows/1/paper_labels": "even"},
+     "tables.demo.rows.1.paper_labels: 'even' is not known; known: balanced, random"),
     ({"tables/demo/rows/0/samplers": {"euler50": "euler5"}},
      "tables.demo.rows.base.samplers: 'euler5' is not one of the samplers; did you mean 'euler50'?"),
     ({"sampler": {}}, "'sampler' is not a key here; did you mean 'samplers'?"),
@@ -427,6 +440,8 @@ TOUCHED: list[tuple[dict[str, Any], set[str]]] = [
     ({"tables/demo/rows/1/samplers": {"euler50": "euler50-cfg2"}}, {"row demo mixflow"}),
     ({"tables/demo/title": "Other"}, {"render demo"}),
     ({"tables/demo/rows/1/note": "x"}, {"row demo mixflow"}),
+    ({"tables/demo/rows/1/against": "base"}, {"row demo mixflow"}),
+    ({"tables/demo/rows/1/paper_labels": "random"}, {"row demo mixflow"}),
     ({"tables/quoted/rows/0/paper": [9.4]}, {"row quoted sit"}),
     ({"checkpoints/unused": {"extends": "mixflow"}}, {"train unused"}),
     ({"samplers/unused": {"extends": "euler50"}}, set()),
@@ -493,6 +508,36 @@ def test_the_paper_s_tables_agree_where_they_overlap() -> None:
         assert main[row.key] == (row.paper[0], row.paper[3])
     rae = {row.key: row.paper for row in tables["table8"].rows if row.key.startswith("rae")}
     assert {key: (paper[0], paper[5]) for key, paper in rae.items() if paper} == {key: main[key] for key in rae}
+
+
+def test_controls_are_trained_as_long() -> None:
+    """Rows that say what MixFlow adds are compared with one that differs in the law alone."""
+    config = load_config(CONFIG)
+    pairs = {
+        (table, row.key): row.against
+        for table in ("digits", "main", "gamma", "time_laws")
+        for row in config.tables[table].rows
+        if row.against
+    }
+    of_base = ("time_laws", "sit-b2-256-continued")  # the paper's question whether more training does it
+    assert pairs.pop(of_base) == "sit-b2-256"
+    assert len(pairs) == 3 + 4 + 6 + 4
+    for (_, name), control in pairs.items():
+        ours, other = config.checkpoints[name].train, config.checkpoints[control].train
+        assert ours is not None
+        assert other is not None
+        assert ours.dump("law", "gamma") == other.dump("law", "gamma")
+        assert other.gamma == 0
+
+
+def test_the_paper_s_labels_are_one_per_number() -> None:
+    """The same number of the paper in two tables was made with the same labels."""
+    labels: dict[tuple[str, float], set[str | None]] = {}
+    for table in load_config(CONFIG).tables.values():
+        for row in table.rows:
+            for number in filter(None, row.paper or ()):
+                labels.setdefault((row.key.removeprefix("authors-"), number), set()).add(row.paper_labels)
+    assert all(len(found) == 1 for found in labels.values())
 
 
 # --- schema ----------------------------------------------------------------------------------------------------------

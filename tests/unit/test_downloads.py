@@ -397,3 +397,11 @@ def test_the_stage_writes_the_record(tmp_path, monkeypatch):
     Path("mine/a").write_bytes(b"aaa")
     stage.run("it", {"folder": "mine", "files": ["a"]}, Path("results/downloads/it.json"))
     assert downloaded_file(Path("results/downloads/it.json")).read_bytes() == b"aaa"
+
+
+def test_the_digits_in_a_files_name_are_those_of_its_hash(server, fetch):
+    right, wrong = f"net-{SHA256[:8]}.pth", "net-0123abcd.pth"
+    assert fetch({"url": server.url, "files": [right]})["files"][right]["sha256"] == SHA256
+    with pytest.raises(UserError, match=r"not one that begins with 0123abcd as its name says"):
+        fetch({"url": server.url, "files": [wrong]}, name="other")
+    assert files_under("downloads/other") == ["downloads/other/net-0123abcd.pth.wrong"]

@@ -10,14 +10,14 @@ import torch
 from safetensors import safe_open
 
 from mixflow.evaluation import (
-    ImageArchive,
     Inception,
-    adm_metrics,
-    image_features,
-    load_adm_reference,
+    frechet_distance,
+    inception_score,
     moments,
+    precision_recall,
     tiny_inception_state_dict,
 )
+from mixflow.evaluation.references import METRICS
 from mixflow.models import build_model, load_model
 from mixflow.runtime.downloads import download
 from mixflow.runtime.errors import UserError
@@ -28,15 +28,15 @@ from mixflow.stages.import_weights import import_weights
 SETTINGS = {
     "checkpoint": "sit",
     "sampler_name": "heun",
-    "sampler": {"solver": "heun"},
+    "sampler": {"solver": "heun", "labels": "balanced"},
     "reference_name": "adm",
     "extractor_name": "inception",
-    "extractor": {"kind": "inception"},
+    "extractor": {"kind": "inception", "tf32": False},
 }
 REFERENCE = {
     "reference_name": "adm",
     "reference": {"download": "adm-reference", "extractor": "inception"},
-    "extractor": {"kind": "inception"},
+    "extractor": {"kind": "inception", "tf32": False},
 }
 
 
@@ -66,33 +66,48 @@ def made(tmp_path_factory):
         "source": record("adm-reference", folder / "VIRTUAL.npz"),
         "reference": folder / "reference" / "reference.safetensors",
     }
-    make_reference(REFERENCE, source=paths["source"], extractor=paths["extractor"], out=paths["reference"])
+    make_reference(
+        REFERENCE,
+        source=paths["source"],
+        extractor=paths["extractor"],
+        out=paths["reference"],
+        scratch=folder / "scratch",
+    )
     return paths
 
 
 def run(made, out, **other):
     parts = {role: made[role] for role in ("samples", "reference", "extractor")} | other
-    evaluate(SETTINGS, **parts, out=out)
+    evaluate(SETTINGS, **parts, out=out, scratch=out.parent / "scratch")
     return json.loads(out.read_text())
 
 
-def test_samples_get_the_five_metrics(made, tmp_path):
+def test_samples_get_every_metric(made, tmp_path):
     result = run(made, tmp_path / "metrics.json")
-    assert list(result) == ["metrics", "num_images", "protocol", "parents"]
-    assert list(result["metrics"]) == ["fid", "sfid", "is", "precision", "recall"]
+    assert list(result) == [
+        "metrics", "standard_errors", "num_images", "labels", "warnings", "protocol", "parents",
+    ]  # fmt: skip
+    assert set(result["metrics"]) == {name for name, metric in METRICS.items() if metric.kind == "inception"}
+    assert set(result["standard_errors"]) == set(result["metrics"])
     network = Inception(torch.load(made["extractor"].parent / "inception.pth", weights_only=True))
-    expected = adm_metrics(
-        load_adm_reference(made["reference"]), image_features(network, ImageArchive(made["samples"]))
-    )
-    assert result["metrics"] == expected
+    real, (pool, spatial, logits) = network(images(16, seed=1)), network(images(12))
+    assert result["metrics"]["fid"] == pytest.approx(frechet_distance(*moments(real[0]), *moments(pool)), rel=1e-4)
+    assert result["metrics"]["sfid"] == pytest.approx(frechet_distance(*moments(real[1]), *moments(spatial)), rel=1e-4)
+    assert result["metrics"]["is"] == pytest.approx(inception_score(logits), rel=1e-6)
+    for mode, suffix in (("adm", ""), ("exact", "_exact")):
+        found = result["metrics"][f"precision{suffix}"], result["metrics"][f"recall{suffix}"]
+        assert found == precision_recall(real[0], pool, k=3, mode=mode)
     assert result["num_images"] == 12
-    assert result["protocol"] == SETTINGS
+    assert result["protocol"].items() >= SETTINGS.items()
+    assert result["protocol"]["measurement"]["features"] == "float32, no TF32"
+    assert "100 subsets of 12" in result["protocol"]["measurement"]["kid"]
     assert result["parents"] == {
         "samples": file_sha256(made["samples"]),
         "reference": file_sha256(made["reference"]),
         "extractor": file_sha256(made["extractor"].parent / "inception.pth"),  # the weights, not their record
     }
     assert json.loads((tmp_path / "run.json").read_text())["stage"] == "evaluate"
+    assert any("rank-deficient" in warning for warning in result["warnings"])
 
 
 def test_the_same_inputs_give_the_same_bytes(made, tmp_path):
@@ -100,15 +115,26 @@ def test_the_same_inputs_give_the_same_bytes(made, tmp_path):
     run(made, tmp_path / "b/metrics.json")
     assert (tmp_path / "a/metrics.json").read_bytes() == (tmp_path / "b/metrics.json").read_bytes()
     again = tmp_path / "again/reference.safetensors"
-    make_reference(REFERENCE, source=made["source"], extractor=made["extractor"], out=again)
+    make_reference(
+        REFERENCE, source=made["source"], extractor=made["extractor"], out=again, scratch=tmp_path / "scratch"
+    )
     assert again.read_bytes() == made["reference"].read_bytes()
 
 
 def test_the_reference_tells_what_it_is(made):
     with safe_open(made["reference"], "pt") as file:
         facts = json.loads(file.metadata()["mixflow"])
-    weights = file_sha256(made["extractor"].parent / "inception.pth")
-    assert facts == {"kind": "adm reference", "size": [32, 32], "num_images": 16, "extractor": weights}
+    assert facts == {
+        "file": "mixflow reference",
+        "kind": "inception",
+        "num_rows": 16,
+        "size": [32, 32],
+        "num_images": None,  # behind published statistics: nobody says
+        "published": True,
+        "extractor": file_sha256(made["extractor"].parent / "inception.pth"),
+        "source": file_sha256(made["source"].parent / "VIRTUAL.npz"),
+        "tf32": False,
+    }
     told = json.loads((made["reference"].parent / "run.json").read_text())
     assert told["parents"]["source"]["sha256"] == file_sha256(made["source"].parent / "VIRTUAL.npz")
 
@@ -119,7 +145,7 @@ def test_what_does_not_fit_is_told(made, tmp_path):
     with pytest.raises(UserError, match=r"holds images of 40x40 but .* was made at 32x32: name a reference of that"):
         run(made, out, samples=tmp_path / "large.npz")
     np.savez(tmp_path / "few.npz", arr_0=images(3))
-    with pytest.raises(UserError, match="samples holds 3 images where k = 3 needs at least 4"):
+    with pytest.raises(UserError, match=r"samples holds 3 images where k = . needs at least"):
         run(made, out, samples=tmp_path / "few.npz")
     np.savez(tmp_path / "none.npz", images=images(5))
     with pytest.raises(UserError, match="has no array arr_0"):
@@ -131,11 +157,12 @@ def test_what_does_not_fit_is_told(made, tmp_path):
     broken["fc.weight"][0, 0] = torch.nan
     torch.save(broken, tmp_path / "broken.pth")
     parts = {"extractor": record("broken", tmp_path / "broken.pth")}
-    make_reference(REFERENCE, source=made["source"], out=tmp_path / "reference.safetensors", **parts)
+    make_reference(REFERENCE, source=made["source"], out=tmp_path / "reference.safetensors", scratch=tmp_path, **parts)
     with pytest.raises(UserError, match="row 0 of logits holds NaN"):
         run(made, out, reference=tmp_path / "reference.safetensors", **parts)
+    made_parts = {role: made[role] for role in ("samples", "reference", "extractor")}
     with pytest.raises(UserError, match="extractor kind 'inceptoin' is not known; did you mean 'inception'"):
-        evaluate(SETTINGS | {"extractor": {"kind": "inceptoin"}}, samples=out, reference=out, extractor=out, out=out)
+        evaluate(SETTINGS | {"extractor": {"kind": "inceptoin"}}, **made_parts, out=out)
     assert not out.exists()
 
 

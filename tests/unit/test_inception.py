@@ -1,30 +1,21 @@
-"""The Inception network against torch-fidelity's, and the ADM metrics over files of images."""
+"""The Inception network against torch-fidelity's, and distances to few rows of features."""
 
-import json
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from mixflow.evaluation import (
-    ImageArchive,
     Inception,
-    adm_metrics,
     frechet_distance,
     frechet_distance_to,
-    image_features,
     inception,
-    inception_score,
-    load_adm_reference,
     load_inception,
-    make_adm_reference,
     moments,
-    precision_recall,
     tiny_inception_state_dict,
 )
 from mixflow.runtime.errors import UserError
@@ -47,6 +38,15 @@ def noise_images(n, size=40, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
 
 
+def cut(module, weights):
+    """Give a network of the real widths the narrower layers of `weights`."""
+    for name, tensor in weights.items():
+        owner, leaf = module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        setattr(
+            owner, leaf, torch.nn.Parameter(tensor) if isinstance(getattr(owner, leaf), torch.nn.Parameter) else tensor
+        )
+
+
 def torch_fidelity_network(state_dict, path):
     """torch-fidelity's network with its layers cut to the widths of `state_dict`."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -54,11 +54,7 @@ def torch_fidelity_network(state_dict, path):
     class Cut(FeatureExtractorInceptionV3):
         def load_state_dict(self, weights):
             self.shapes = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
-            for name, tensor in weights.items():
-                owner, leaf = self.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-                if isinstance(getattr(owner, leaf), torch.nn.Parameter):
-                    tensor = torch.nn.Parameter(tensor)
-                setattr(owner, leaf, tensor)
+            cut(self, weights)
 
     torch.save(state_dict, path)
     peer = Cut("inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path))
@@ -87,6 +83,69 @@ def test_it_equals_torch_fidelitys(network, peer, size):
     for ours, theirs in zip(features, peer_features(peer, images), strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * float(theirs.abs().max()))
+
+
+@pytest.fixture(scope="module")
+def steady():
+    """Weights that magnify rounding little, as trained ones do: filters of sum zero, scales near one, no offsets."""
+    generator = torch.Generator().manual_seed(3)
+    weights = {}
+    for name, tensor in tiny_inception_state_dict(seed=3, width_divisor=8).items():
+        if name.endswith("conv.weight"):
+            filters = torch.randn(tensor.shape, generator=generator)
+            filters -= filters.mean(dim=(1, 2, 3), keepdim=True)
+            tensor = filters * (2 / filters[0].numel()) ** 0.5
+        elif name.endswith(("bn.weight", "running_var")):
+            tensor = torch.rand(tensor.shape, generator=generator) + 0.5
+        elif name.endswith(("bn.bias", "running_mean")):
+            tensor = torch.zeros(tensor.shape)
+        weights[name] = tensor
+    return weights
+
+
+@pytest.fixture(scope="module")
+def two_sets(steady):
+    """Images of 299 pixels, so that nobody resizes, coarse and fine; and our distance between the two sets."""
+    rng = np.random.default_rng(7)
+    sets = []
+    for n, contrast in ((20, 256), (18, 160)):
+        patches = rng.integers(0, contrast // 2, (n, 13, 13, 3), dtype=np.uint8).repeat(23, axis=1).repeat(23, axis=2)
+        sets.append(patches + rng.integers(0, contrast // 2, patches.shape, dtype=np.uint8))
+    network = Inception(steady)
+    return sets, frechet_distance(*moments(network(sets[0])[0]), *moments(network(sets[1])[0]))
+
+
+def test_fid_equals_torch_fidelitys(steady, two_sets, tmp_path):
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+
+    peer = torch_fidelity_network(steady, tmp_path / "weights.pth")
+    sets, ours = two_sets
+    real, fake = (fid_features_to_statistics(peer_features(peer, images)[0]) for images in sets)
+    assert ours == pytest.approx(fid_statistics_to_metric(real, fake, verbose=False)[KEY_METRIC_FID], rel=1e-6)
+
+
+def test_fid_equals_pytorch_fids(steady, two_sets, monkeypatch):
+    import scipy.linalg
+    import torchvision
+    from pytorch_fid import fid_score, inception
+
+    def sqrtm(matrix, disp=True):  # takes the argument that SciPy 1.18 no longer takes
+        root = scipy.linalg.sqrtm(matrix)
+        return root if disp else (root, None)
+
+    monkeypatch.setattr(inception, "load_state_dict_from_url", lambda url, progress: steady)
+    monkeypatch.setattr(torchvision.models.Inception3, "load_state_dict", cut)
+    monkeypatch.setattr(fid_score, "linalg", SimpleNamespace(sqrtm=sqrtm))
+    peer = inception.InceptionV3().eval()
+    sets, ours = two_sets
+    statistics = []
+    for images in sets:
+        # Its command divides by 255, which stretches the values that the network of 2015 was trained with.
+        with torch.inference_mode():
+            (pool,) = peer(torch.from_numpy(images).permute(0, 3, 1, 2) / 256)
+        pool = pool.flatten(start_dim=1).double().numpy()
+        statistics += [np.mean(pool, axis=0), np.cov(pool, rowvar=False)]
+    assert ours == pytest.approx(fid_score.calculate_frechet_distance(*statistics), rel=1e-6)
 
 
 def test_it_is_as_exact_as_torch_fidelitys(tiny, network, peer, tmp_path):
@@ -132,10 +191,57 @@ def test_stand_ins_are_alive_and_follow_their_seed(tiny, network):
     assert not torch.equal(tiny["fc.weight"], other["fc.weight"])
 
 
-def test_tf32_settings_are_left_as_they_were(network):
-    before = torch.backends.cudnn.allow_tf32
+@pytest.fixture
+def precision_settings():
+    """The settings that a test may change, as (of convolutions, of products)."""
+    cudnn, product = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, product.allow_tf32
+    yield cudnn.conv, product
+    cudnn.allow_tf32, product.allow_tf32 = before
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("others", [False, True])
+def test_tf32_is_used_only_when_asked_and_settings_stay_as_they_were(tiny, precision_settings, tf32, others):
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = others
+    before = [operation.fp32_precision for operation in precision_settings]
+    seen = []
+
+    class Watched(Inception):
+        def _forward(self, x):
+            seen.append([operation.fp32_precision for operation in precision_settings])
+            return super()._forward(x)
+
+    network = Watched(tiny, tf32=tf32)
     network(noise_images(1))
-    assert torch.backends.cudnn.allow_tf32 == before
+    assert network.tf32 == tf32
+    assert seen[-1] == ["tf32" if tf32 else "ieee"] * 2
+    assert [operation.fp32_precision for operation in precision_settings] == before
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == (others, others)
+
+
+def test_precisions_set_one_by_one_do_not_stop_it(network, precision_settings):
+    """They make `allow_tf32` unreadable."""
+    torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision = "ieee", "tf32"
+    network(noise_images(1))
+    assert [operation.fp32_precision for operation in precision_settings] == ["ieee", "tf32"]
+
+
+def test_tf32_changes_nothing_on_a_cpu(tiny, network):
+    images = noise_images(2)
+    assert all(torch.equal(*parts) for parts in zip(network(images), Inception(tiny, tf32=True)(images), strict=True))
+
+
+@pytest.mark.parametrize("size", [40, 299])
+def test_features_do_not_depend_on_the_batch(network, size):
+    images = noise_images(9, size)
+    whole = network(images)
+    before = images.copy()
+    parts = [network(part) for part in (images[:1], images[1:4], images[4:])]
+    for i, expected in enumerate(whole):
+        part = torch.cat([features[i] for features in parts])
+        torch.testing.assert_close(part, expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
+    assert np.array_equal(images, before)
 
 
 def test_a_weights_file_is_read_without_running_code(tiny, tmp_path):
@@ -167,52 +273,6 @@ def test_a_weights_file_is_read_without_running_code(tiny, tmp_path):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_images_of_an_archive_come_in_pieces(tmp_path, save):
-    images = noise_images(11, 8)
-    save(tmp_path / "a.npz", arr_1=np.arange(11), arr_0=images)
-    archive = ImageArchive(tmp_path / "a.npz")
-    assert len(archive) == 11
-    assert archive.size == (8, 8)
-    pieces = list(archive.batches(4))
-    assert [len(piece) for piece in pieces] == [4, 4, 3]
-    assert np.array_equal(np.concatenate(pieces), images)
-
-
-def test_archives_without_usable_images_are_told(tmp_path):
-    images = noise_images(3, 8)
-    for name, array, text in (
-        ("float", images / 255, r"is float64 \[3, 8, 8, 3\]"),
-        ("grey", images[..., :1], r"is uint8 \[3, 8, 8, 1\]"),
-        ("empty", images[:0], "at least one image"),
-        ("objects", np.array([{}, {}], dtype=object), "is object"),
-        ("fortran", np.asfortranarray(images), "in Fortran order"),
-    ):
-        np.savez(tmp_path / f"{name}.npz", arr_0=array)
-        with pytest.raises(UserError, match=text):
-            ImageArchive(tmp_path / f"{name}.npz")
-    np.savez(tmp_path / "none.npz", images=images)
-    with pytest.raises(UserError, match="has no array arr_0"):
-        ImageArchive(tmp_path / "none.npz")
-    (tmp_path / "cut.npz").write_bytes((tmp_path / "none.npz").read_bytes()[:100])
-    with pytest.raises(UserError, match=r"is not a whole \.npz file"):
-        ImageArchive(tmp_path / "cut.npz")
-    with zipfile.ZipFile(tmp_path / "text.npz", "w") as archive:
-        archive.writestr("arr_0.npy", b"hello, this is no array at all")
-    with pytest.raises(UserError, match=r"is not a whole \.npz file"):
-        ImageArchive(tmp_path / "text.npz")
-    with pytest.raises(UserError, match="does not exist"):
-        ImageArchive(tmp_path / "nowhere.npz")
-
-
-def test_features_do_not_depend_on_how_they_are_batched(network, tmp_path):
-    images = noise_images(70, 16)
-    np.savez(tmp_path / "a.npz", arr_0=images)
-    features = image_features(network, ImageArchive(tmp_path / "a.npz"))
-    for part, expected in zip(features, network(images), strict=True):
-        torch.testing.assert_close(part, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
-
-
 @pytest.mark.parametrize("n", [2, 20, 40, 41, 90])
 @pytest.mark.parametrize("rank", [10, 40])
 def test_the_distance_to_few_rows_equals_that_of_their_moments(n, rank):
@@ -232,68 +292,6 @@ def test_the_distance_to_few_rows_is_checked():
         frechet_distance_to(mu, sigma, np.zeros((1, 8)))
     with pytest.raises(UserError, match="row 1 of features holds NaN"):
         frechet_distance_to(mu, sigma, np.full((2, 8), [[0.0], [np.nan]]))
-
-
-@pytest.fixture(scope="module")
-def published(network, tmp_path_factory):
-    """A reference file as OpenAI publishes it: float32 means, float64 covariances, images, and keys beyond these."""
-    images = noise_images(12, 40, seed=5)
-    pool, spatial, _ = network(images)
-    (mu, sigma), (mu_s, sigma_s) = moments(pool), moments(spatial)
-    path = tmp_path_factory.mktemp("published") / "VIRTUAL.npz"
-    statistics = {"mu": mu.float(), "sigma": sigma, "mu_s": mu_s.float(), "sigma_s": sigma_s}
-    np.savez(path, arr_0=images, **{name: tensor.numpy() for name, tensor in statistics.items()}, mu_clip=np.zeros(2))
-    return path
-
-
-def test_a_published_reference_becomes_ours(network, published, tmp_path):
-    assert make_adm_reference(published, network, "ab12", tmp_path / "reference.safetensors") == 12
-    reference = load_adm_reference(tmp_path / "reference.safetensors")
-    with np.load(published) as file:
-        for name in ("mu", "sigma", "mu_s", "sigma_s"):
-            assert getattr(reference, name).dtype == torch.float64
-            assert np.array_equal(getattr(reference, name), file[name].astype(np.float64))
-    assert torch.equal(reference.pool, network(noise_images(12, 40, seed=5))[0])
-    assert reference.size == (40, 40)
-    assert reference.extractor == "ab12"
-
-
-def test_the_metrics_are_those_of_the_parts(network, published, tmp_path):
-    make_adm_reference(published, network, "", tmp_path / "reference.safetensors")
-    reference = load_adm_reference(tmp_path / "reference.safetensors")
-    images = noise_images(9, 40, seed=6)
-    np.savez(tmp_path / "samples.npz", arr_0=images)
-    metrics = adm_metrics(reference, image_features(network, ImageArchive(tmp_path / "samples.npz")))
-    pool, spatial, logits = network(images)
-    assert list(metrics) == ["fid", "sfid", "is", "precision", "recall"]
-    assert metrics["fid"] == pytest.approx(frechet_distance_to(reference.mu, reference.sigma, pool))
-    assert metrics["sfid"] == pytest.approx(frechet_distance_to(reference.mu_s, reference.sigma_s, spatial))
-    assert metrics["is"] == pytest.approx(inception_score(logits))
-    assert (metrics["precision"], metrics["recall"]) == precision_recall(reference.pool, pool)
-    same = adm_metrics(reference, image_features(network, ImageArchive(published)))
-    assert same["fid"] == pytest.approx(0, abs=1e-3)  # float32 means in the reference
-    assert (same["precision"], same["recall"]) == (1.0, 1.0)
-
-
-def test_unusable_references_are_told(network, published, tmp_path):
-    with np.load(published) as file:
-        whole = dict(file)
-    bad = {
-        "images": ({"arr_0": whole["arr_0"]}, "lacks mu"),
-        "shape": ({**whole, "sigma": whole["sigma"][:3, :3]}, r"sigma of .* has shape \[3, 3\] where"),
-        "objects": ({**whole, "mu": np.array([{}], dtype=object)}, "cannot be read"),
-        "nan": ({**whole, "mu_s": whole["mu_s"] * np.nan}, "mu_s of .* holds NaN"),
-    }
-    for name, (arrays, text) in bad.items():
-        np.savez(tmp_path / f"{name}.npz", **arrays)
-        with pytest.raises(UserError, match=text):
-            make_adm_reference(tmp_path / f"{name}.npz", network, "", tmp_path / "out.safetensors")
-    assert not (tmp_path / "out.safetensors").exists()
-    save_file({"mu": torch.zeros(1)}, tmp_path / "other.safetensors", {"mixflow": json.dumps({"kind": "else"})})
-    (tmp_path / "cut.safetensors").write_bytes(b"12345678")
-    for name, text in (("other", "is no reference"), ("cut", "cannot be read"), ("nowhere", "does not exist")):
-        with pytest.raises(UserError, match=text):
-            load_adm_reference(tmp_path / f"{name}.safetensors")
 
 
 def test_evaluating_starts_light():

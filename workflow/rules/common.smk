@@ -7,7 +7,7 @@ from snakemake.exceptions import WorkflowError
 from mixflow import config as mixflow_config
 from mixflow.runtime import paths
 from mixflow.runtime.errors import UserError
-from mixflow.tables import figure_files, figure_paths
+from mixflow.tables import figure_files, figure_paths, metric_files
 
 
 def user_error(error):
@@ -201,9 +201,11 @@ def reference_inputs(wildcards):
     return {"source": source, **extractor_parts(entry.extractor)}
 
 
-def evaluate_inputs(wildcards):
+def reference_parts(wildcards):
     """The reference that a checkpoint's samples are compared with, and the network that sees both."""
-    reference = settings.reference_of(wildcards.checkpoint)
+    reference = wildcards.get("reference") or settings.reference_of(
+        wildcards.checkpoint
+    )
     return {
         "reference": ancient(paths.reference(reference)),
         "reference_record": record_of(paths.reference(reference)),
@@ -218,9 +220,7 @@ def evaluate_inputs(wildcards):
 
 def row_metrics(wildcards):
     """The metrics of each cell of a row, with the run records that tell how they were made."""
-    files = [
-        paths.metrics(*cell) for cell in settings.cells(wildcards.table, wildcards.row)
-    ]
+    files = metric_files(settings.slice("row", wildcards.table, wildcards.row))
     return {"metrics": files, "records": [record_of(file) for file in files]}
 
 

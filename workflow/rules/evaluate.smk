@@ -28,18 +28,20 @@ rule make_reference:
     log:
         "logs/make_reference/{reference}.log",
     resources:
-        mem_mb=4000,
-        runtime=30,
+        mem_mb=8000,
+        runtime=240,
     params:
         settings=slice_of("make_reference", "reference"),
+        launch=launcher,
     shell:
-        "python -m mixflow make-reference {wildcards.reference:q} --settings {params.settings:q}"
+        "{params.launch} make-reference {wildcards.reference:q} --settings {params.settings:q}"
         " --source {input.source:q} --extractor {input.extractor:q} --out {output.reference:q} --log {log:q}"
 
 
+# Features of finished parts lie in scratch/, so that a killed job goes on where it was.
 rule evaluate:
     input:
-        unpack(evaluate_inputs),
+        unpack(reference_parts),
         samples=ancient(paths.samples("{checkpoint}", "{sampler}")),
         samples_record=record_of(paths.samples("{checkpoint}", "{sampler}")),
     output:
@@ -49,11 +51,24 @@ rule evaluate:
         "logs/evaluate/{checkpoint}/{sampler}.log",
     threads: 1
     resources:
-        mem_mb=4000,
+        mem_mb=8000,
         runtime=60,
     params:
         settings=slice_of("evaluate", "checkpoint", "sampler"),
+        launch=launcher,
     shell:
-        "python -m mixflow evaluate {wildcards.checkpoint:q} {wildcards.sampler:q} --settings {params.settings:q}"
-        " --samples {input.samples:q} --reference {input.reference:q} --extractor {input.extractor:q}"
+        "{params.launch} evaluate {input.samples:q} --settings {params.settings:q}"
+        " --reference {input.reference:q} --extractor {input.extractor:q}"
         " --out {output.metrics:q} --log {log:q}"
+
+
+# The same samples against a further reference of their dataset, seen by another network.
+use rule evaluate as evaluate_further with:
+    output:
+        metrics=paths.metrics("{checkpoint}", "{sampler}", "{reference}"),
+        record=record_of(paths.metrics("{checkpoint}", "{sampler}", "{reference}")),
+    log:
+        "logs/evaluate/{checkpoint}/{sampler}/{reference}.log",
+    params:
+        settings=slice_of("evaluate", "checkpoint", "sampler", "reference"),
+        launch=launcher,
