@@ -54,6 +54,9 @@ lint: setup
 
 bench: setup
 	python benchmarks/frechet.py
+	python benchmarks/precision_recall.py --reference 2000 --samples 10000
+	python benchmarks/inception.py
+	python benchmarks/evaluate_memory.py --images 5000 --reference-images 3000
 	python benchmarks/sde_calls.py
 	python benchmarks/repa_sde.py
 	python benchmarks/training_step.py

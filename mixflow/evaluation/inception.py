@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from mixflow.evaluation.arrays import Array, as_tensor
 from mixflow.evaluation.resize import resize_tf1
+from mixflow.runtime.arithmetic import float32_products
 from mixflow.runtime.errors import UserError
 
 INPUT_SIZE = 299  # pixels
@@ -172,7 +172,7 @@ class Inception:
         """
         pixels = as_tensor(images).to(self.device, non_blocking=True)
         resized = resize_tf1(pixels, INPUT_SIZE).permute(0, 3, 1, 2)  # [B,3,299,299], channels last in memory
-        with _float32(self.tf32):
+        with float32_products(self.tf32):
             pool, spatial = self._forward(resized.sub_(128).div_(128))
             return pool, spatial, pool @ self._classes.T
 
@@ -250,19 +250,6 @@ def _maximum(x: Tensor) -> Tensor:
 def _spatial(x: Tensor) -> Tensor:
     """Flatten the first seven channels of [B,C,17,17] as TensorFlow does, channel by channel within a position."""
     return x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(start_dim=1)
-
-
-@contextmanager
-def _float32(tf32: bool) -> Iterator[None]:
-    """Decide on TF32, which cuDNN uses unless told otherwise, whatever the caller has decided for other networks."""
-    # Not by `allow_tf32`, which cannot be read where somebody has set these.
-    convolution, product = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
-    before = convolution.fp32_precision, product.fp32_precision
-    convolution.fp32_precision = product.fp32_precision = "tf32" if tf32 else "ieee"
-    try:
-        yield
-    finally:
-        convolution.fp32_precision, product.fp32_precision = before
 
 
 def load_inception(path: str | os.PathLike[str], device: torch.device | str = "cpu", tf32: bool = False) -> Inception:

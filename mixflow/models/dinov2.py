@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixflow.models.weights import check_fit, read_weights
-from mixflow.runtime.arithmetic import strict_float32
+from mixflow.runtime.arithmetic import float32_products
 from mixflow.runtime.errors import UserError
 
 PATCH = 14  # pixels
@@ -82,7 +82,7 @@ class DINOv2Class:
     @torch.inference_mode()
     def __call__(self, images: Tensor | np.ndarray) -> Tensor:  # uint8 [B,H,W,3] in the host's memory
         pixels = self._resized(images).to(self.device, non_blocking=True)
-        with strict_float32():
+        with float32_products():
             tokens = self._encoder.vit.forward_features(self._encoder.normalise(pixels.permute(0, 3, 1, 2)))
         return tokens[:, 0].clone()  # a view would keep all tokens in memory
 

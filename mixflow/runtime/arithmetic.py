@@ -9,11 +9,16 @@ import torch
 
 
 @contextmanager
-def strict_float32() -> Iterator[None]:
-    """Keep TF32, which cuDNN uses unless told otherwise, out of float32 products and convolutions."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+def float32_products(tf32: bool = False) -> Iterator[None]:
+    """Decide on TF32 in convolutions and products, whatever the caller has decided for other networks.
+
+    Unless told otherwise cuDNN uses it. A CPU never does.
+    """
+    # Not by `allow_tf32`, which cannot be read where somebody has set these.
+    convolution, product = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    before = convolution.fp32_precision, product.fp32_precision
+    convolution.fp32_precision = product.fp32_precision = "tf32" if tf32 else "ieee"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        convolution.fp32_precision, product.fp32_precision = before

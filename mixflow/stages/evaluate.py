@@ -141,7 +141,10 @@ def evaluate(
     )
     if measured is not None:
         protocol = {**settings, "measurement": measurement(real, network, measured.num_images)}
-        _write(out, record, measured._replace(labels=settings["sampler"]["labels"]).summary(), protocol)
+        # The sampler knows how labels were drawn, and a table that holds many sets says each warning once.
+        told = [warning.replace(f"'{samples}'", "the sample file") for warning in measured.warnings]
+        measured = measured._replace(labels=settings["sampler"]["labels"], warnings=told)
+        _write(out, record, measured.summary(), protocol)
     processes.end_training()
 
 

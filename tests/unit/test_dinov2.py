@@ -247,18 +247,18 @@ def test_class_features_keep_nothing_else_alive(tmp_path):
 
 def test_class_features_are_without_tf32_and_leave_the_switches_alone(tmp_path):
     def switches():
-        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
 
     safetensors.torch.save_file(timm_network().state_dict(), tmp_path / "model.safetensors")
     see = load_dinov2_class(tmp_path / "model.safetensors")
     during = []
     see._encoder.vit.norm.register_forward_hook(lambda *_: during.append(switches()))
-    before = switches()
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         see(images())
-        assert during == [(False, False)]
-        assert switches() == (True, True)
+        assert during == [("ieee", "ieee")]
+        assert switches() == ("tf32", "tf32")
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
