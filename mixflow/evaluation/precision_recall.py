@@ -41,9 +41,9 @@ def precision_recall(
     `mode="exact"` works in float64; distances equal to 1e-12 of the squared norms are equal, so that copies of a point
     do not depend on rounding. `mode="adm"` follows the ADM evaluator, which works in half precision block by block (in
     float32 where a block of `block_size`² distances overflows) and so reads both shares higher by 0.001 to 0.006: use
-    it beside published numbers. The one thing it cannot follow is the order in which TensorFlow adds up half-precision
-    norms, worth one or two points of a few hundred. At 10,000 x 50,000 x 2048 either stays within 0.5 GiB beside the
-    features (benchmarks/precision_recall.py).
+    it beside published numbers. Half-precision norms are added up in the order of TensorFlow 2.21 on a CPU with AVX2,
+    which decides on one point in 200; another processor or a GPU may take another. At 10,000 x 50,000 x 2048 either
+    mode stays within 0.5 GiB beside the features (benchmarks/precision_recall.py).
 
     Raises `UserError` for shapes that do not belong together, NaN, infinity, sets of no more than k points, or an
     unknown mode.
@@ -309,8 +309,33 @@ def _squared_norms(points: Tensor) -> Tensor:
 
 
 def _half_norms(points: Tensor) -> Tensor:
-    """Return the squared norms [n] of half-precision squares, added up in float32 and rounded to half precision."""
-    return torch.cat([block.half().square().float().sum(dim=1).half() for block in points.split(_TILE)])
+    """Return the squared norms [n] in half precision, added up in the order of TensorFlow on a CPU."""
+    return torch.cat([_half_sums(block.half().square()) for block in points.split(_TILE)])
+
+
+def _half_sums(x: Tensor) -> Tensor:
+    """Return the row sums [n] of x [n, d], all in half precision, as Eigen adds them up in packets of eight.
+
+    The packets of a row go by turns into four sums of packets, these then into the first of them, and its eight
+    numbers, in float32, into one. A row longer than 1600 is the sum of two that are added up like this.
+    """
+    n, d = x.shape
+    if d > 1600:
+        middle = -(-d // 16) * 8
+        return _half_sums(x[:, :middle]) + _half_sums(x[:, middle:])
+    packets, rest = x[:, : d // 8 * 8].reshape(n, -1, 8), x[:, d // 8 * 8 :]
+    in_turns = packets.shape[1] // 4 * 4
+    sums = x.new_zeros(n, 4, 8)
+    for i in range(0, in_turns, 4):
+        sums += packets[:, i : i + 4]
+    # Every addition rounds, which is why none of these loops is a sum over a dimension.
+    packet = x.new_zeros(n, 8)
+    for part in (*sums.unbind(dim=1), *packets[:, in_turns:].unbind(dim=1)):
+        packet += part
+    total = x.new_zeros(n)
+    for number in rest.unbind(dim=1):
+        total += number
+    return total + packet.float().sum(dim=1).half()
 
 
 _MODES = ("adm", "exact")

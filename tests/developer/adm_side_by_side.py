@@ -46,8 +46,8 @@ METRICS = {"is": "Inception Score", "fid": "FID", "sfid": "sFID", "precision": "
 def evaluator_sized(state_dict: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
     """Return a narrow network whose last block is widened to 2048 features by random mixtures of its own channels.
 
-    The classes are few, and blind to the mean feature, so that softmax neither saturates nor always says the same. All
-    numbers are ones that half precision has: they take half the room and do not depend on a machine's last digit.
+    The classes are few, and blind to the mean feature, so that softmax neither saturates nor always says the same.
+    All numbers are ones that half precision has, which stores them in half the room.
     """
     generator = torch.Generator().manual_seed(seed)
     wide = dict(state_dict)
@@ -268,7 +268,7 @@ def our_metrics(reference: Mapping[str, np.ndarray], real: list[np.ndarray], fak
 
 
 def tolerances(n: int, m: int, peers: Mapping[str, float]) -> dict[str, float]:
-    """Absolute: float32 softmax; float32 means and a square root of singular matrices; two items of fp16 rounding."""
+    """Absolute: float32 softmax; float32 means and the root of a singular matrix; two images tipped by rounding."""
     distance = {name: 1e-4 * abs(peers[name]) for name in ("fid", "sfid")}
     return {"is": 1e-5 * peers["is"], **distance, "precision": 2.01 / m, "recall": 2.01 / n}
 
