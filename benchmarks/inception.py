@@ -11,7 +11,6 @@ FID must be equal where a peer's input is the same as ours: torch-fidelity's at 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.metadata
 import tempfile
 import time
@@ -29,6 +28,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
 from mixflow.evaluation import Inception, frechet_distance_to, moments, tiny_inception_state_dict
+from mixflow.runtime.arithmetic import float32_products
 
 Network = Callable[[Tensor], Tensor]  # uint8 [B,H,W,3] on the device -> features [B,2048]
 
@@ -61,7 +61,7 @@ def main() -> None:
     for batch in options.batch or ((64, 256) if device.type == "cuda" else (32,)):
         measure_speed(timed, batch, options, device)
     networks["pytorch-fid, x/256"] = lambda images: pytorch(as_floats(images, 256))[0].flatten(start_dim=1)
-    with strict_float32():
+    with float32_products():  # FIDs are compared without TF32, which the peers would use on a GPU
         for size in (299, 256, 64):
             compare_fid(networks, size, options.images, device)
 
@@ -82,17 +82,6 @@ def fidelity_network(weights: dict[str, Tensor]) -> FeatureExtractorInceptionV3:
         path = Path(folder) / "weights.pth"
         torch.save(weights, path)
         return FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
-
-
-@contextlib.contextmanager
-def strict_float32():
-    """FIDs are compared without TF32, which the peers would use on a GPU."""
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.conv.fp32_precision = before
 
 
 @torch.inference_mode()
