@@ -116,7 +116,7 @@ def evaluate_files(
             scratch=scratch, processes=processes, stop=stop, keep_features=keep_features,
         )  # fmt: skip
         if measured is not None:
-            told = _sampled_by(source.path)
+            told = _sampled_by(source.path, sha256)
             results.append(measured if told is None else measured._replace(labels=told["sampler"]["labels"]))
     processes.end_training()
     if not results:
@@ -133,7 +133,7 @@ def evaluate_files(
         {
             "samples": str(path),
             **one.summary(),
-            "sampled_by": _sampled_by(path),
+            "sampled_by": _sampled_by(path, sha256),
             "parents": {**record.parent_hashes, "samples": sha256},
         }
         for path, one, sha256 in zip(samples, results, hashes, strict=True)
@@ -249,7 +249,9 @@ def _reference(
     if path.suffix != ".safetensors":
         key = slice_key(extractor.facts, file_sha256(path))
         made = cache / "references" / f"{path.stem}-{key}.safetensors"
-        if not made.exists():
+        is_there = made.exists()
+        processes.wait_for_everyone()  # all have looked before one of them makes it
+        if not is_there:
             log.info("%s: deriving features, radii and factors once, kept in %s", path, made)
             make_image_reference(
                 path, extractor, made, scratch=scratch, processes=processes, stop=stop, only_statistics=True
@@ -260,13 +262,13 @@ def _reference(
     return real
 
 
-def _sampled_by(path: Path) -> dict[str, Any] | None:
-    """Return the sampler's part of the protocol, where a run.json beside the samples tells it."""
+def _sampled_by(path: Path, sha256: str) -> dict[str, Any] | None:
+    """Return how samples were made, where a run.json beside them tells it of these very bytes."""
     beside = Path(paths.record(str(path)))
     if path.is_dir() or not beside.exists():
         return None
     record = read_json(beside)
-    if record.get("stage") != "sample" or path.name not in record.get("outputs", {}):
+    if record.get("stage") != "sample" or record.get("outputs", {}).get(path.name) != sha256:
         return None
     return record["settings"]
 

@@ -28,6 +28,7 @@ from mixflow.evaluation import (
     tiny_inception_state_dict,
 )
 from mixflow.evaluation.references import METRICS
+from mixflow.runtime.files import file_sha256, write_json
 from mixflow.stages.evaluate_files import ADM
 
 pytestmark = pytest.mark.slow
@@ -187,6 +188,38 @@ def test_a_folder_of_pngs_is_as_good_as_the_file(made, evaluated, tmp_path):
     assert list(found["metrics"]) == ["fid", "is", "precision", "recall"]
     for name, value in found["metrics"].items():
         assert value == told(evaluated[0])["metrics"][name]
+
+
+def test_kept_features_serve_other_metrics_without_the_network(made, tmp_path):
+    run(tmp_path, made / "a.npz", *common(made), "--metrics", "is", "--keep-features")
+    kept = list(tmp_path.glob("scratch/evaluate/*/*/*.safetensors"))
+    assert len(kept) == 3
+    with mock.patch("mixflow.stages.image_features.load_inception", side_effect=AssertionError):
+        run(tmp_path, made / "a.npz", *common(made), "--metrics", "fid")
+    assert list(told(tmp_path)["metrics"]) == ["fid"]
+    assert not any(path.exists() for path in kept)
+
+
+def test_a_time_budget_keeps_what_is_done(made, tmp_path):
+    stopped = run(tmp_path, made / "a.npz", *common(made), "--metrics", "is", "--time-budget", "0.0001", code=75)
+    assert "run the same command again to continue" in stopped.stderr
+    assert len(list(tmp_path.glob("scratch/evaluate/*/*/*.safetensors"))) == 1
+    run(tmp_path, made / "a.npz", *common(made), "--metrics", "is")
+    assert not (tmp_path / "scratch/evaluate").exists() or not list(tmp_path.glob("scratch/evaluate/*/*/*"))
+
+
+def test_the_pipelines_record_beside_samples_becomes_part_of_the_protocol(made, tmp_path):
+    (tmp_path / "a.npz").write_bytes((made / "a.npz").read_bytes())
+    settings = {"sampler": {"labels": "balanced", "seed": 3}}
+    record = {"stage": "sample", "settings": settings, "outputs": {"a.npz": file_sha256(made / "a.npz")}}
+    write_json(tmp_path / "run.json", record)
+    run(tmp_path, "a.npz", *common(made), "--metrics", "is")
+    assert told(tmp_path)["sampled_by"] == settings
+    assert told(tmp_path)["labels"] == "balanced"
+    write_json(tmp_path / "run.json", {**record, "outputs": {"a.npz": "0" * 64}})  # of other samples
+    run(tmp_path, "a.npz", *common(made), "--metrics", "is")
+    assert told(tmp_path)["sampled_by"] is None
+    assert told(tmp_path)["labels"] == "random"
 
 
 def test_sets_of_disjoint_seeds_give_mean_spread_and_minimum(made, tmp_path):
