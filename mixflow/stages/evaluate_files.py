@@ -10,7 +10,7 @@ from typing import Any
 
 from mixflow.config import slice_key
 from mixflow.evaluation import Estimate, Reference, load_reference, open_images, spread
-from mixflow.evaluation.checks import comparison_warnings
+from mixflow.evaluation.checks import comparison_warnings, require_size
 from mixflow.evaluation.references import DENSITY_NEIGHBOURS, METRICS, require_metrics
 from mixflow.runtime import paths
 from mixflow.runtime.downloads import download, downloaded_file
@@ -106,6 +106,14 @@ def evaluate_files(
     else:
         wanted = real.metrics() if "all" in metrics else list(metrics)
     require_metrics(real, wanted, reference)
+    if compat is not None and not real.facts["published"]:
+        raise UserError(
+            f"--compat adm speaks of numbers against published statistics, but those of '{reference}' were made here: "
+            "give ADM's .npz, or leave out --compat"
+        )
+    for source in sources:  # all of them, before the first takes hours
+        if real.size is not None:
+            require_size(source.path, source.size, reference, real.size)
     hashes = [source.sha256() for source in sources]
     _refuse_equal(samples, hashes)
 

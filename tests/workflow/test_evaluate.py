@@ -233,6 +233,10 @@ def test_sets_of_disjoint_seeds_give_mean_spread_and_minimum(made, tmp_path):
     assert re.search(r"mean +std +min", result.stdout)
     refused = run(tmp_path, made / "a.npz", made / "a.npz", *common(made), "--out", "other.json", code=2)
     assert "hold the same images" in refused.stderr
+    np.savez(tmp_path / "large.npz", arr_0=images(8, 0, size=32))
+    refused = run(tmp_path, made / "a.npz", "large.npz", *common(made), "--out", "other.json", code=2)
+    assert "large.npz' holds images of 32x32" in refused.stderr
+    assert "metrics of" not in refused.stderr  # nothing was computed
 
 
 def test_metrics_of_other_samples_are_not_overwritten(made, tmp_path):
@@ -268,6 +272,19 @@ def test_a_reference_of_ones_own(made, tmp_path):
     run(tmp_path, made / "a.npz", *common(made), "--metrics", "all", "--out", "published.json")
     for name, value in told(tmp_path, "own.json")["metrics"].items():
         assert value == pytest.approx(told(tmp_path, "published.json")["metrics"][name], rel=1e-6), name
+    refused = run(
+        tmp_path,
+        made / "a.npz",
+        "--reference",
+        "own.safetensors",
+        *weights,
+        "--compat",
+        "adm",
+        "--out",
+        "c.json",
+        code=2,
+    )
+    assert "were made here: give ADM's .npz, or leave out --compat" in refused.stderr
     # Statistics alone serve the distances, and say what they cannot serve.
     run(tmp_path, made / "a.npz", "--reference", "statistics.npz", *weights, "--out", "few.json")
     assert list(told(tmp_path, "few.json")["metrics"]) == ["fid", "sfid", "is"]
