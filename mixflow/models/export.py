@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from mixflow.models.load import describe_weights, load_model
+from mixflow.models.sit import SiT
 from mixflow.runtime.errors import UserError
 from mixflow.runtime.files import atomic_path
 from mixflow.runtime.progress import log
@@ -24,7 +25,7 @@ def export_weights(
     SiT: a flat state dict, as its released files. Its train.py and its automatic download want the 8-channel head of
     those, its sample.py and sample_ddp.py with --ckpt the 4-channel one that `velocity_head` makes; the velocities are
     the same. REPA: {"ema": state dict}, where its generate.py looks; without projectors, which it wants, a warning.
-    Raises `UserError` for weights of no family here.
+    RAE: a flat state dict, for `ckpt` of stage_2 in its YAML. Raises `UserError` for weights of no family here.
     """
     if Path(out).suffix != ".pt":
         raise UserError(f"'{out}' does not end in .pt, the peers' ending: rename it")
@@ -33,7 +34,7 @@ def export_weights(
         raise UserError(f"'{weights}' holds {found['architecture']}, which no peer here loads: name other weights")
     net = load_model(found["family"], weights)
     state = {name: tensor.detach() for name, tensor in net.state_dict().items()}
-    if velocity_head and net.options.get("learn_sigma"):
+    if velocity_head and isinstance(net, SiT) and net.options.get("learn_sigma"):
         for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
             state[name] = net.final_layer.velocity_rows(state[name]).clone()  # a view would drag the whole head along
     if net.options.get("z_dims") == []:

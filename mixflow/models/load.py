@@ -13,19 +13,22 @@ from typing import Any
 import torch
 
 from mixflow.config import SIT_SIZES
+from mixflow.models.dit_dh import DiTDH
+from mixflow.models.network import VelocityNetwork
 from mixflow.models.repa import REPA
 from mixflow.models.sit import SiT
 from mixflow.models.weights import Weights, check_fit, read_weights
 from mixflow.runtime.errors import UserError, did_you_mean
 from mixflow.runtime.weights_header import guess_architecture, guess_family, options_from_shapes
 
-FAMILIES: dict[str, type[SiT]] = {"sit": SiT, "repa": REPA}
+FAMILIES: dict[str, type[VelocityNetwork]] = {"sit": SiT, "repa": REPA, "rae": DiTDH}
 
 _HEADS = {size["hidden_size"]: size["num_heads"] for size in SIT_SIZES.values()}
 _ENCODER_DEPTH = 8  # REPA's default
 
-# What shapes never tell: option -> what a file that does not say it must mean, None where that cannot be known.
+# What shapes may not tell: option -> what a file that does not say it must mean, None where that cannot be known.
 _UNTOLD: dict[str, Callable[[Mapping[str, Any]], int | None]] = {
+    "depth": lambda sizes: None,  # of a DiT-DH whose trunk and head are equally wide
     "num_heads": lambda sizes: _HEADS.get(sizes["hidden_size"]),
     # Without projectors it means nothing.
     "encoder_depth": lambda sizes: (
@@ -35,10 +38,10 @@ _UNTOLD: dict[str, Callable[[Mapping[str, Any]], int | None]] = {
 
 
 def load_model(
-    family: str,  # "sit" | "repa"
+    family: str,  # "sit" | "repa" | "rae"
     weights: str | os.PathLike[str] | Mapping[str, Any],  # file, or state dict (wrapped or flat)
     **options: Any,  # what shapes cannot tell: num_heads of unlisted widths, label_dropout; others are checked
-) -> SiT:
+) -> VelocityNetwork:
     """Return the network that `weights` hold, in float32 on the CPU and in eval mode.
 
     Reads .safetensors, .pt, .pth and .ckpt files under the peer's key names (REPA's legacy ones too), flat or under
@@ -49,6 +52,9 @@ def load_model(
     the option, else it is 8, the peer's default. A file without projectors gives a network without (z_dims []),
     whatever z_dims asks for: sampling needs none, and `check_projectors` tells those who train.
 
+    Of rae, sizes are pairs (trunk, head). Shapes tell everything but the label_dropout, and the depth where the two are
+    equally wide.
+
     Raises `UserError` for an unknown family or option, an unreadable file, and weights of another architecture.
     """
     network = _family(family)
@@ -57,14 +63,14 @@ def load_model(
     # Meta tensors first: no time is spent on initial values that the file replaces.
     with torch.device("meta"):
         net = network(**sizes).float()
-    sketch = ", ".join(f"{name} {sizes[name]}" for name in ("hidden_size", "depth", "patch_size"))
+    sketch = ", ".join(f"{name} {sizes[name]}" for name in ("hidden_size", "depth", "patch_size") if name in sizes)
     check_fit(read, net, f"a {network.__name__} of {sketch}")
     net.to_empty(device="cpu")
     net.load_state_dict(read.tensors)  # copies, so that the file may change or vanish afterwards
     return net.eval()
 
 
-def build_model(family: str, **options: Any) -> SiT:
+def build_model(family: str, **options: Any) -> VelocityNetwork:
     """Return a fresh network with the peer's initial weights; `options` are the constructor's. Raises `UserError`."""
     network = _family(family)
     _check_option_names(family, options)
@@ -92,7 +98,8 @@ def describe_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
     }
     if family is not None:
         sizes = _sizes(family, read, read.told)
-        description |= {"num_heads": _HEADS.get(sizes["hidden_size"])} | sizes | read.told
+        untold = {"depth": None} if family == "rae" else {"num_heads": _HEADS.get(sizes["hidden_size"])}
+        description |= untold | sizes | read.told
         if family == "sit" and "family" not in read.told and not sizes["learn_sigma"]:
             description["architecture"] = "a SiT network, or a REPA network without projectors: names cannot tell"
     if read.legacy:
@@ -115,6 +122,7 @@ def _has_null_row(options: Mapping[str, Any]) -> bool:
 def _options(family: str, read: Weights, given: dict[str, Any]) -> dict[str, Any]:
     """Return the constructor's options: sizes from shapes; the rest from the file's words, `given`, the defaults."""
     _check_option_names(family, given)
+    given = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
     if read.told.get("family", family) != family:
         raise UserError(f"{read.source} holds a network of family '{read.told['family']}', not '{family}': correct one")
     known = _parameters(FAMILIES[family])
@@ -122,16 +130,14 @@ def _options(family: str, read: Weights, given: dict[str, Any]) -> dict[str, Any
     told = given | {name: read.told[name] for name in words}
     sizes = _sizes(family, read, told)
     for name, default in _UNTOLD.items():
-        if name in known:
+        if name in known and name not in sizes:
             sizes[name] = told.get(name, default(sizes))
             if sizes[name] is None:
-                raise UserError(
-                    f"{read.source} has hidden_size {sizes['hidden_size']} and depth {sizes['depth']}, from which "
-                    f"{name} cannot be told: give the option {name}"
-                )
+                held = " and ".join(f"{size} {sizes[size]}" for size in ("hidden_size", "depth") if sizes.get(size))
+                raise UserError(f"{read.source} has {held}, from which {name} cannot be told: give the option {name}")
     for name, value in given.items():
         found = sizes.get(name, value)
-        if (list(value) != found and found != []) if name == "z_dims" else value != found:
+        if value != found and (name, found) != ("z_dims", []):
             raise UserError(f"{read.source} has {name} {found} where {value} is asked for: correct one of them")
     if _has_null_row(told | given) != _has_null_row(told):
         raise UserError(
@@ -143,13 +149,13 @@ def _options(family: str, read: Weights, given: dict[str, Any]) -> dict[str, Any
     return options
 
 
-def _family(family: str) -> type[SiT]:
+def _family(family: str) -> type[VelocityNetwork]:
     if family not in FAMILIES:
         raise UserError(f"'{family}' is not a family of networks{did_you_mean(family, FAMILIES)}")
     return FAMILIES[family]
 
 
-def _parameters(network: type[SiT]) -> dict[str, inspect.Parameter]:
+def _parameters(network: type[VelocityNetwork]) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(network).parameters)
 
 
@@ -161,6 +167,9 @@ def _check_option_names(family: str, options: Mapping[str, Any]) -> None:
 
 
 def _check_numbers(options: Mapping[str, Any]) -> None:
+    if "patch_size" not in options:
+        _check_pairs(options)
+        return
     # The position table has sines and cosines of two axes, hence the 4.
     pairs = [("hidden_size", "num_heads", options["num_heads"]), ("hidden_size", "4", 4)]
     for whole, divisor, value in [*pairs, ("input_size", "patch_size", options["patch_size"])]:
@@ -170,3 +179,15 @@ def _check_numbers(options: Mapping[str, Any]) -> None:
         raise UserError(
             f"encoder_depth {options['encoder_depth']} is not one of the blocks 1 to {options['depth']}: change it"
         )
+
+
+def _check_pairs(options: Mapping[str, Any]) -> None:
+    """Check the sizes of a DiT-DH."""
+    for name in ("hidden_size", "depth", "num_heads"):
+        pair = options[name]
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
+            raise UserError(f"{name} is {pair} where a rae network has two numbers: give [trunk, head]")
+    for width, heads in zip(options["hidden_size"], options["num_heads"], strict=True):
+        # Rotary positions turn pairs of channels, one half of them by the row and one by the column, hence the 4.
+        if width % (4 * heads):
+            raise UserError(f"hidden_size {width} is not a multiple of 4 x num_heads {heads}: change one of them")

@@ -6,7 +6,6 @@ Its own time is the paper's time: t=0 noise, t=1 data, fed to the network withou
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from timm.layers import GELUTanh
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixflow.config import SIT_SHORTHANDS
+from mixflow.models.network import VelocityNetwork
 from mixflow.runtime.errors import UserError, did_you_mean
 
 TIMESTEP_FEATURES = 256
@@ -27,7 +27,7 @@ def sit_options(size: str) -> dict[str, int]:
     return dict(SIT_SHORTHANDS[size])
 
 
-class SiT(nn.Module):
+class SiT(VelocityNetwork):
     """Velocity network v(x_t, t, y) on square latents, conditioned by adaLN-Zero.
 
     `null_label` is the class id that stands for "no label" (it is `num_classes`); with `label_dropout` 0 the label
@@ -51,7 +51,7 @@ class SiT(nn.Module):
         super().__init__()
         assert input_size % patch_size == 0
         assert hidden_size % num_heads == 0 == hidden_size % 4
-        self.options: dict[str, Any] = dict(
+        self.options = dict(
             input_size=input_size,
             in_channels=in_channels,
             patch_size=patch_size,
@@ -104,15 +104,6 @@ class SiT(nn.Module):
         """Return what the first block takes: tokens [B,N,D] and conditioning c [B,D]. `t` is as the network is fed."""
         tokens = self.x_embedder(x) + self.pos_embed
         return tokens, self.t_embedder(t) + self.y_embedder(self.drop_labels(y, drop))
-
-    def drop_labels(self, y: Tensor, drop: Tensor | None) -> Tensor:
-        """Return the labels [B] with those under the mask replaced by the null class (classifier-free guidance)."""
-        if drop is None and self.training and self.label_dropout > 0:
-            drop = torch.rand(len(y), device=y.device) < self.label_dropout
-        if drop is None:
-            return y
-        assert self.null_label is not None, "a network with label_dropout 0 has no null class"
-        return torch.where(drop, self.null_label, y)
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """[B, N, p*p*C], row-major in the grid and in the patch, channel fastest -> [B,C,H,W]."""

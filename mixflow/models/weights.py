@@ -5,21 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import pickle
-import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from shlex import quote
 from typing import Any, NamedTuple
 
 import safetensors.torch
-import torch
 from torch import Tensor, nn
 
 from mixflow.runtime.errors import UserError
 from mixflow.runtime.files import atomic_path
 from mixflow.runtime.progress import log
+from mixflow.runtime.torch_file import read_torch_file
 from mixflow.runtime.weights_header import (
     METADATA_KEY,
     guess_architecture,
@@ -58,9 +54,7 @@ def read_weights(weights: str | os.PathLike[str] | Mapping[str, Any], *, trust: 
             raise UserError(f"{source} is garbled ({error}): download or make it again") from error
     if path.suffix not in TORCH_SUFFIXES:
         raise UserError(f"{source} has none of the endings .safetensors, {', '.join(TORCH_SUFFIXES)}: rename it")
-    if not path.is_file():
-        raise UserError(f"{source} does not exist: make or download it first, or correct the path")
-    return _unwrap(_read_torch_file(path, source, trust), source, {})
+    return _unwrap(read_torch_file(path, source, trust=trust), source, {})
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -119,27 +113,6 @@ def check_fit(read: Weights, network: nn.Module, described: str) -> None:
             f"{read.source} does not fit {described} ({'; '.join(complaints)}) and seems to hold "
             f"{guess_architecture(found)}: correct the path or the family"
         )
-
-
-def _read_torch_file(path: Path, source: str, trust: bool) -> Any:
-    is_zip = zipfile.is_zipfile(path)  # older files are bare pickles, which cannot be memory-mapped
-    # The peers' training checkpoints keep their command line as a Namespace, which only holds attributes.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        try:
-            return torch.load(path, map_location="cpu", weights_only=not trust, mmap=is_zip)
-        except (ImportError, AttributeError) as error:
-            raise UserError(
-                f"{source} holds objects of a program that is not installed here ({error}): convert it where that is"
-            ) from error
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, UnicodeDecodeError) as error:
-            unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
-            if unsafe is None:
-                raise UserError(f"{source} is truncated or is not a torch file: download or make it again") from error
-            raise UserError(
-                f"{source} cannot be loaded safely, for it holds '{unsafe[1]}', which may run code: if you trust it, "
-                f"run `python -m mixflow convert-weights {quote(str(path))} --trust --out "
-                f"{quote(str(path.with_suffix('.safetensors')))}`"
-            ) from error
 
 
 def _unwrap(payload: Any, source: str, told: dict[str, Any]) -> Weights:

@@ -18,6 +18,7 @@ METADATA_KEY = "mixflow"
 _ARCHITECTURES = (
     ("decoder_blocks.", "a REPA network under its legacy key names"),
     ("projectors.", "a REPA network"),
+    ("r_embedder.", "a MeanFlow network of two times, as mf-rae's"),
     ("s_embedder.", "an RAE network (DiT with a wide head)"),
     ("transformer_blocks.", "a diffusers transformer such as SD3"),
     ("encoder.down_blocks.", "a diffusers autoencoder"),
@@ -33,6 +34,7 @@ _FAMILIES = {
     "a SiT with qk-norm": "repa",
     "a REPA network": "repa",
     "a REPA network under its legacy key names": "repa",
+    "an RAE network (DiT with a wide head)": "rae",
 }
 _BACKBONE_KEYS = (
     "pos_embed",
@@ -41,7 +43,16 @@ _BACKBONE_KEYS = (
     "final_layer.linear.weight",
     "blocks.0.attn.qkv.weight",
 )
+_DIT_DH_KEYS = (
+    "s_embedder.proj.weight",
+    "x_embedder.proj.weight",
+    "y_embedder.embedding_table.weight",
+    "enc_feat_rope.freqs_cos",
+    "dec_feat_rope.freqs_cos",
+    "blocks.0.attn.proj.bias",
+)
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
+_BLOCK_WIDTH = re.compile(r"blocks\.\d+\.attn\.proj\.bias")
 _LEGACY_BLOCK = re.compile(r"decoder_blocks\.(\d+)\.")
 _PROJECTOR_OUTPUT = re.compile(r"projectors\.(\d+)\.4\.weight")
 
@@ -127,7 +138,7 @@ def legacy_encoder_depth(names: Iterable[str]) -> int | None:
 
 
 def options_from_shapes(
-    family: str,  # "sit" | "repa"
+    family: str,  # "sit" | "repa" | "rae"
     shapes: Mapping[str, tuple[int, ...]],  # weight name, as stored or plain -> shape
     *,
     source: str = "the weights",  # what to call them in messages
@@ -135,11 +146,13 @@ def options_from_shapes(
 ) -> dict[str, Any]:
     """Return the options of a family's network that shapes tell. Raises `UserError` for another family's weights.
 
-    Never num_heads and label_dropout; for repa, encoder_depth only from legacy names, and z_dims and projector_dim only
-    where the file has projectors.
+    Never label_dropout; num_heads only for rae, from its rotary tables; for repa, encoder_depth only from legacy names,
+    and z_dims and projector_dim only where the file has projectors; for rae, depth only where trunk and head differ in
+    width.
     """
-    if family != "repa" == guess_family(shapes):
-        raise UserError(f"{source} seems to hold {guess_architecture(shapes)}: use the family 'repa'")
+    found = guess_family(shapes)
+    if found in ("repa", "rae") and found != family:  # a SiT may be a REPA network without projectors
+        raise UserError(f"{source} seems to hold {guess_architecture(shapes)}: use the family '{found}'")
     told = {} if (depth := legacy_encoder_depth(shapes)) is None else {"encoder_depth": depth}
     names = plain_names(shapes)
     return _READERS[family]({names[name]: shape for name, shape in shapes.items()}, source, null_row) | told
@@ -168,9 +181,49 @@ def _repa_options(shapes: Mapping[str, tuple[int, ...]], source: str, null_row: 
     return sizes
 
 
+def _rae_options(shapes: Mapping[str, tuple[int, ...]], source: str, null_row: bool) -> dict[str, Any]:
+    missing = [name for name in _DIT_DH_KEYS if name not in shapes]
+    if missing:
+        raise UserError(
+            f"{source} cannot be loaded as DiT-DH, for '{missing[0]}' is missing and it seems to hold "
+            f"{guess_architecture(shapes)}: correct the path or the family"
+        )
+    widths = [shape[0] for name, shape in shapes.items() if _BLOCK_WIDTH.fullmatch(name) and shape]
+    try:
+        trunk, in_channels, *patch = shapes["s_embedder.proj.weight"]
+        head, *channels_and_patch = shapes["x_embedder.proj.weight"]
+        label_rows, _ = shapes["y_embedder.embedding_table.weight"]
+        tokens, trunk_channels = shapes["enc_feat_rope.freqs_cos"]
+        _, head_channels = shapes["dec_feat_rope.freqs_cos"]
+        grid = math.isqrt(tokens)
+        fits = grid**2 == tokens and patch == [1, 1] and channels_and_patch == [in_channels, 1, 1]
+        fits = fits and {trunk, head} == set(widths) and not trunk % trunk_channels and not head % head_channels
+    except (ValueError, ZeroDivisionError):  # another number of dimensions, an empty one
+        fits = False
+    if not fits:
+        sizes = ", ".join(f"'{name}' {list(shapes[name])}" for name in _DIT_DH_KEYS)
+        raise UserError(
+            f"{source} cannot be loaded as DiT-DH, for its shapes ({sizes}) belong to no DiT-DH on square latents with "
+            "one token per pixel: correct the path or the family"
+        )
+    told = {} if trunk == head else {"depth": [widths.count(trunk), widths.count(head)]}
+    return told | dict(
+        input_size=grid,
+        in_channels=in_channels,
+        hidden_size=[trunk, head],
+        num_heads=[trunk // trunk_channels, head // head_channels],
+        num_classes=label_rows - null_row,
+        swiglu="blocks.0.mlp.w12.weight" in shapes,
+        rms_norm="blocks.0.norm1.weight" in shapes,
+        qk_norm="blocks.0.attn.q_norm.weight" in shapes,
+        pos_embed="pos_embed" in shapes,
+    )
+
+
 _READERS: dict[str, Callable[[Mapping[str, tuple[int, ...]], str, bool], dict[str, Any]]] = {
     "sit": _sit_options,
     "repa": _repa_options,
+    "rae": _rae_options,
 }
 
 

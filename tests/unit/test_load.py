@@ -19,6 +19,7 @@ import torch
 
 from mixflow.models import (
     REPA,
+    DiTDH,
     SiT,
     build_model,
     convert_weights,
@@ -53,6 +54,40 @@ REPA_OPTIONS = {name: value for name, value in OPTIONS.items() if name != "learn
     depth=3, encoder_depth=2, z_dims=[24, 16], projector_dim=40, qk_norm=False
 )
 REPA_GOLDEN = GOLDEN.parent / "repa"
+RAE_OPTIONS = dict(
+    input_size=4,
+    in_channels=3,
+    hidden_size=[24, 40],
+    depth=[3, 2],
+    num_heads=[2, 2],
+    num_classes=10,
+    label_dropout=0.1,
+    swiglu=True,
+    rms_norm=True,
+    qk_norm=False,
+    pos_embed=True,
+)
+RAE_GOLDEN = GOLDEN.parent / "rae"
+RAE_TRAINERS = {  # checkpoint of RAE's train.py, by date
+    "2025-12": lambda state, other, optimizer, scheduler: {
+        "step": 1251,
+        "epoch": 1,
+        "model": other,
+        "ema": state,
+        "optimizer": optimizer,
+        "scheduler": scheduler,
+    },
+    "2025-10": lambda state, other, optimizer, scheduler: {
+        "model": other,
+        "ema": state,
+        "opt": optimizer,
+        "scheduler": scheduler,
+        "train_steps": 1251,
+        "config_path": "configs/stage2/training.yaml",
+        "training_cfg": {"epochs": 1400, "optimizer": {"betas": [0.9, 0.95]}, "clip_grad": 1.0},
+        "cli_overrides": {"data_path": "imagenet", "precision": "fp32", "global_seed": None},
+    },
+}
 SIZES = {name: value for name, value in OPTIONS.items() if name not in ("num_heads", "label_dropout")}
 
 
@@ -72,6 +107,19 @@ def repa(**changes):
         for parameter in net.parameters():
             parameter.normal_(std=0.1)
     return net.eval()
+
+
+def rae(**changes):
+    torch.manual_seed(0)
+    net = DiTDH(**(RAE_OPTIONS | changes))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_(std=0.1)
+    return net.eval()
+
+
+def shapes(net):
+    return {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
 
 
 def legacy(state, encoder_depth=2):
@@ -361,6 +409,120 @@ def test_released_repa_sizes_are_told_from_the_peers_key_lists():
         assert not {"learn_sigma", "encoder_depth", "num_heads"} & sizes.keys()
 
 
+# RAE's files --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"qk_norm": True, "swiglu": False, "rms_norm": False},
+        {"pos_embed": False, "label_dropout": 0.0},
+        {"hidden_size": [24, 24], "depth": [1, 3], "num_heads": [2, 6]},
+    ],
+)
+def test_saved_rae_network_comes_back_whole(tmp_path, changes):
+    net = rae(**changes)
+    path = tmp_path / "model.safetensors"
+    save_model(path, net.state_dict(), net.options | {"family": "rae"})
+    as_tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in net.options.items()}
+    for options in ({}, net.options, as_tuples):
+        loaded = load_model("rae", path, **options)
+        assert type(loaded) is DiTDH
+        assert loaded.options == net.options
+        assert not loaded.training
+        assert same(loaded.state_dict(), net.state_dict())
+        assert torch.equal(velocity(loaded), velocity(net))
+        assert not any(weight.requires_grad for weight in (loaded.pos_embed, loaded.t_embedder.W) if weight is not None)
+    found = options_from_shapes("rae", safetensors_shapes(path), null_row=net.label_dropout > 0)
+    told = {"label_dropout"} | ({"depth"} if len(set(net.options["hidden_size"])) == 1 else set())
+    assert found == {name: value for name, value in net.options.items() if name not in told}
+    assert saved_model_options(path) == net.options | {"family": "rae"}
+    description = describe_weights(path)
+    assert (description["family"], description["architecture"]) == ("rae", "an RAE network (DiT with a wide head)")
+    assert description.items() >= net.options.items()
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_rae_files_tell_all_but_the_label_dropout(tmp_path, wrap, prefix):
+    net = rae()
+    state = {prefix + name: tensor for name, tensor in net.state_dict().items()}
+    torch.save(WRAPS[wrap](state, {name: tensor + 1 for name, tensor in state.items()}), tmp_path / "stage2_model.pt")
+    loaded = load_model("rae", tmp_path / "stage2_model.pt", num_heads=[2, 2])
+    assert loaded.options == RAE_OPTIONS
+    assert same(loaded.state_dict(), net.state_dict())
+
+
+@pytest.mark.parametrize("trainer", RAE_TRAINERS)
+def test_rae_training_checkpoints(tmp_path, trainer):
+    net, other = rae(), rae()
+    optimizer = torch.optim.AdamW([p for p in other.parameters() if p.requires_grad], lr=2e-4, betas=(0.9, 0.95))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    other.train()(torch.randn(2, 3, 4, 4), torch.rand(2), torch.tensor([0, 1])).square().mean().backward()
+    optimizer.step()
+    scheduler.step()
+    checkpoint = RAE_TRAINERS[trainer](
+        net.state_dict(), other.state_dict(), optimizer.state_dict(), scheduler.state_dict()
+    )
+    torch.save(checkpoint, tmp_path / "ep-last.pt")
+    assert same(load_model("rae", tmp_path / "ep-last.pt").state_dict(), net.state_dict())
+    description = describe_weights(tmp_path / "ep-last.pt")
+    assert (description["wrapper"], description["depth"], description["num_heads"]) == ("ema", [3, 2], [2, 2])
+    assert description["beside"].keys() == checkpoint.keys() - {"ema"}
+    del checkpoint["ema"]
+    torch.save(checkpoint, tmp_path / "ep-last.pt")
+    assert same(load_model("rae", tmp_path / "ep-last.pt").state_dict(), other.state_dict())
+
+
+def test_the_depth_of_equally_wide_trunk_and_head_must_be_given(tmp_path):
+    net = rae(hidden_size=[24, 24])
+    torch.save(net.state_dict(), tmp_path / "stage2_model.pt")
+    assert load_model("rae", tmp_path / "stage2_model.pt", depth=[3, 2]).options == net.options
+    assert describe_weights(tmp_path / "stage2_model.pt")["depth"] is None
+    with pytest.raises(UserError, match=r"has hidden_size \[24, 24\], from which depth cannot be told: give the op"):
+        load_model("rae", tmp_path / "stage2_model.pt")
+    with pytest.raises(UserError, match=r"does not fit a DiTDH of hidden_size \[24, 24\], depth \[2, 2\] \(unexpected"):
+        load_model("rae", tmp_path / "stage2_model.pt", depth=[2, 2])
+
+
+def test_rae_positions_frequencies_and_rotations_are_loaded_not_recomputed():
+    state = rae().state_dict()
+    for name in ("pos_embed", "t_embedder.W", "enc_feat_rope.freqs_cos", "dec_feat_rope.freqs_sin"):
+        state[name] = torch.randn_like(state[name])
+    assert same(load_model("rae", state).state_dict(), state)
+
+
+def test_released_rae_sizes_are_told_from_the_peers_key_lists():
+    for name, entry in json.loads((RAE_GOLDEN / "state_dict_keys.json").read_text()).items():
+        width, depth, heads = {"XL": (1152, 28, 16), "B": (768, 12, 12), "S": (384, 12, 6)}[name.removeprefix("DiTDH-")]
+        assert options_from_shapes("rae", {key: tuple(shape) for key, shape in entry["keys"].items()}) == dict(
+            input_size=16,
+            in_channels=768,
+            hidden_size=[width, 2048],
+            depth=[depth, 2],
+            num_heads=[heads, 16],
+            num_classes=1000,
+            swiglu=True,
+            rms_norm=True,
+            qk_norm=False,
+            pos_embed=True,
+        )
+
+
+@pytest.mark.parametrize("model", ["main", "guide"])
+def test_our_rae_files_are_the_peers_again(tmp_path, model):
+    peer = safetensors.torch.load_file(RAE_GOLDEN / f"weights_{model}_hot.safetensors")
+    net = load_model("rae", peer)
+    save_model(tmp_path / "model.safetensors", net.state_dict(), net.options | {"family": "rae"})
+    export_weights(tmp_path / "model.safetensors", tmp_path / "stage2_model.pt", velocity_head=True)
+    flat = torch.load(tmp_path / "stage2_model.pt", weights_only=True)
+    assert same(flat, peer)
+    plain_module(shapes_of(peer)).load_state_dict(flat, strict=True, assign=True)
+    convert_weights(tmp_path / "stage2_model.pt", tmp_path / "again.safetensors")
+    assert same(load_model("rae", tmp_path / "again.safetensors").state_dict(), net.state_dict())
+
+
 # Conversion and export ----------------------------------------------------------------------------------------------
 
 
@@ -526,15 +688,17 @@ def test_missing_unexpected_and_misshapen_weights_are_named():
         (["encoder.down_blocks.0.weight"], "a diffusers autoencoder"),
         (["transformer_blocks.0.attn.to_q.weight"], "a diffusers transformer such as SD3"),
         (["cls_token", "blocks.0.attn.qkv.weight"], "a vision transformer"),
-        (["s_embedder.proj.weight", "pos_embed"], "an RAE network"),
+        (["r_embedder.W", "s_embedder.proj.weight"], "a MeanFlow network of two times"),
+        (["blocks.0.mlp.w12.weight", "blocks.0.adaLN_modulation.1.weight"], "a DiT with SwiGLU, as LightningDiT's"),
         (["anything"], "no network that mixflow knows"),
     ],
 )
 def test_other_architectures_are_named(tmp_path, keys, held):
     path = tmp_path / "other.safetensors"
     safetensors.torch.save_file({key: torch.zeros(2) for key in keys}, path)
-    with pytest.raises(UserError, match=rf"weights file '{path}' cannot be loaded as SiT.*seems to hold {held}"):
-        load_model("sit", path)
+    for family, name in (("sit", "SiT"), ("rae", "DiT-DH")):
+        with pytest.raises(UserError, match=rf"file '{path}' cannot be loaded as {name}.*seems to hold {held}"):
+            load_model(family, path)
     description = describe_weights(path)
     assert description["family"] is None
     assert description["architecture"].startswith(held)
@@ -554,6 +718,57 @@ def test_repa_weights_are_no_sit(form):
 def test_sit_weights_are_no_repa():
     with pytest.raises(UserError, match=r"cannot be loaded as REPA, for its head has 8 channels.*use the family 'sit'"):
         load_model("repa", network().state_dict(), num_heads=2)
+
+
+def test_rae_weights_are_no_sit_and_sit_weights_are_no_rae():
+    for family in ("sit", "repa"):
+        with pytest.raises(UserError, match=r"seems to hold an RAE network .*: use the family 'rae'"):
+            load_model(family, rae().state_dict())
+    with pytest.raises(UserError, match=r"cannot be loaded as DiT-DH, for 's_embedder.proj.weight' is missing and"):
+        load_model("rae", network().state_dict())
+    with pytest.raises(UserError, match=r"seems to hold a REPA network: use the family 'repa'"):
+        load_model("rae", repa().state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("s_embedder.proj.weight", (24, 3, 2, 2)),
+        ("x_embedder.proj.weight", (40, 4, 1, 1)),
+        ("enc_feat_rope.freqs_cos", (15, 12)),
+        ("dec_feat_rope.freqs_cos", (16, 12)),
+        ("y_embedder.embedding_table.weight", (11,)),
+        ("blocks.4.attn.proj.bias", (41,)),
+    ],
+)
+def test_shapes_of_no_rae_network(name, shape):
+    with pytest.raises(UserError, match="belong to no DiT-DH on square latents with one token per pixel"):
+        options_from_shapes("rae", shapes(rae()) | {name: shape})
+
+
+def test_options_that_contradict_a_rae_file():
+    state = rae().state_dict()
+    with pytest.raises(UserError, match=r"has num_heads \[2, 2\] where \[2, 4\] is asked for"):
+        load_model("rae", state, num_heads=(2, 4))
+    with pytest.raises(UserError, match=r"has hidden_size \[24, 40\] where \[24, 48\] is asked for"):
+        load_model("rae", state, hidden_size=[24, 48])
+    with pytest.raises(UserError, match=r"'patch_size' is not an option of family 'rae'"):
+        load_model("rae", state, patch_size=1)
+    del state["blocks.4.mlp.w3.bias"], state["pos_embed"]
+    with pytest.raises(UserError, match=r"does not fit a DiTDH of .*\(missing 'blocks.4.mlp.w3.bias'\)"):
+        load_model("rae", state)
+
+
+def test_options_of_fresh_rae_networks_are_checked():
+    assert build_model("rae", **RAE_OPTIONS).options == RAE_OPTIONS
+    with pytest.raises(UserError, match=r"depth is 28 where a rae network has two numbers: give \[trunk, head\]"):
+        build_model("rae", **(RAE_OPTIONS | {"depth": 28}))
+    with pytest.raises(UserError, match=r"num_heads is \[2, 2, 2\] where a rae network has two numbers"):
+        build_model("rae", **(RAE_OPTIONS | {"num_heads": [2, 2, 2]}))
+    with pytest.raises(UserError, match=r"hidden_size 40 is not a multiple of 4 x num_heads 4"):
+        build_model("rae", **(RAE_OPTIONS | {"num_heads": [2, 4]}))
+    with pytest.raises(UserError, match="needs the option 'hidden_size'"):
+        build_model("rae", **{name: value for name, value in RAE_OPTIONS.items() if name != "hidden_size"})
 
 
 def test_the_family_in_our_own_files_counts_more_than_shapes(tmp_path):
