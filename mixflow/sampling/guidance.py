@@ -1,4 +1,4 @@
-"""Classifier-free guidance (arXiv 2207.12598), computed only where it acts."""
+"""Classifier-free guidance (arXiv 2207.12598) and autoguidance (arXiv 2406.02507), computed only where they act."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ EDGE = 1e-6
 
 
 class GuidedVelocity(Protocol):
-    """What `guided_velocity` returns; solvers that know nothing of guidance call it with x and t alone."""
+    """A velocity with guidance; solvers that know nothing of guidance call it with x and t alone.
+
+    One t holds for the whole batch, so that where guidance acts is decided once per call and on the host.
+    """
 
     def __call__(
         self,
@@ -42,18 +45,12 @@ def guided_velocity(
     One call of the network on 2B rows where guidance acts, on B rows elsewhere. Raises `UserError` for guidance without
     a null label, an empty interval, and more channels than there are.
     """
-    low, high = interval
-    if not 0 <= low <= high <= 1:
-        raise UserError(f"the guidance interval is [{low}, {high}]: it must satisfy 0 <= low <= high <= 1")
     if channels is not None and channels < 1:
         raise UserError(f"guidance channels is {channels}: it must be at least 1, or None for all")
+    acts_at = _interval_test(interval)
 
     def conditional(x: Tensor, t: Tensor, decided_at: Tensor | None = None) -> Tensor:
-        return call(x, t, labels)
-
-    def call(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        inputs = x if network_dtype is None else x.to(network_dtype)
-        return network(inputs, _batch_time(t, inputs), y).to(x.dtype)
+        return _call(network, x, t, labels, network_dtype)
 
     if scale == 1:
         return conditional
@@ -63,14 +60,38 @@ def guided_velocity(
     labels_and_null = torch.cat([labels, torch.full_like(labels, null_label)])
 
     def velocity(x: Tensor, t: Tensor, decided_at: Tensor | None = None) -> Tensor:
-        if not low - EDGE <= (t if decided_at is None else decided_at) <= high + EDGE:
-            return call(x, t, labels)
+        if not acts_at(t if decided_at is None else decided_at):
+            return conditional(x, t)
         if channels is not None and channels > x.shape[1]:
             raise UserError(f"guidance channels is {channels} but the latents have {x.shape[1]}: lower it, or use None")
-        # The difference is taken in the precision of the state: the scale magnifies its rounding.
-        cond, null = call(torch.cat([x, x]), t, labels_and_null).chunk(2)
-        guided = null + scale * (cond - null)
+        cond, null = _call(network, torch.cat([x, x]), t, labels_and_null, network_dtype).chunk(2)
+        guided = _extrapolate(null, cond, scale)
         return guided if channels is None else torch.cat([guided[:, :channels], cond[:, channels:]], dim=1)
+
+    return velocity
+
+
+def autoguided_velocity(
+    network: Network,
+    guide: Network,  # a smaller or less trained network of the same latents and labels
+    labels: Tensor,  # [B] int64, told to both
+    scale: float,  # 1 is off: the guide is never called
+    *,
+    interval: tuple[float, float] = (0.0, 1.0),  # guide for t in [low, high], paper time
+    network_dtype: torch.dtype | None = None,  # in which the networks are handed x and t; None: that of x
+) -> GuidedVelocity:
+    """Return velocity(x [B,C,H,W], t 0-dim) = v(guide) + scale (v(network) - v(guide)), [B,C,H,W] in the dtype of x.
+
+    Autoguidance is defined for denoisers; at given x and t a denoiser is affine in its velocity, so this is the same.
+    Each network is called on B rows, the guide only where guidance acts. Raises `UserError` for an empty interval.
+    """
+    acts_at = _interval_test(interval)
+
+    def velocity(x: Tensor, t: Tensor, decided_at: Tensor | None = None) -> Tensor:
+        strong = _call(network, x, t, labels, network_dtype)
+        if scale == 1 or not acts_at(t if decided_at is None else decided_at):
+            return strong
+        return _extrapolate(_call(guide, x, t, labels, network_dtype), strong, scale)
 
     return velocity
 
@@ -89,6 +110,21 @@ class CountedNetwork:
         return self.network(x, t, y)
 
 
-def _batch_time(t: Tensor, x: Tensor) -> Tensor:
+def _interval_test(interval: tuple[float, float]) -> Callable[[Tensor], bool]:
+    """Return the test whether guidance acts at a time (0-dim, on the CPU). Raises `UserError` for an empty interval."""
+    low, high = interval
+    if not 0 <= low <= high <= 1:
+        raise UserError(f"the guidance interval is [{low}, {high}]: it must satisfy 0 <= low <= high <= 1")
+    return lambda t: low - EDGE <= float(t) <= high + EDGE
+
+
+def _call(network: Network, x: Tensor, t: Tensor, y: Tensor, network_dtype: torch.dtype | None) -> Tensor:
+    inputs = x if network_dtype is None else x.to(network_dtype)
     # Filled from a host number: solvers keep t on the CPU, so that no step waits for the device.
-    return torch.full((len(x),), float(t), dtype=x.dtype, device=x.device)
+    at = torch.full((len(inputs),), float(t), dtype=inputs.dtype, device=inputs.device)
+    return network(inputs, at, y).to(x.dtype)
+
+
+def _extrapolate(weak: Tensor, strong: Tensor, scale: float) -> Tensor:
+    # In the precision of the state, for the scale magnifies the rounding of the difference.
+    return weak + scale * (strong - weak)

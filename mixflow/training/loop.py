@@ -31,6 +31,15 @@ CONTINUE, SAVE, STOP = 0, 1, 2
 
 
 @dataclass(frozen=True)
+class Decay:
+    """Constant until `start_step`, then linear, and constant at `learning_rate` from `end_step` on."""
+
+    start_step: int
+    end_step: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
 class Recipe:
     """The optimiser's side of a training run."""
 
@@ -39,9 +48,18 @@ class Recipe:
     learning_rate: float
     betas: tuple[float, float]
     weight_decay: float
-    warmup_steps: int  # linear from 0; constant afterwards
+    warmup_steps: int  # linear from 0
     gradient_clip: float | None  # global norm
     ema_decay: float
+    decay: Decay | None = None  # None: constant after the warm-up
+
+    def rate_at(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        rate, decay = self.learning_rate, self.decay
+        if decay is not None and step > decay.start_step:
+            passed = min(1.0, (step - decay.start_step) / max(decay.end_step - decay.start_step, 1))
+            rate = (1.0 - passed) * rate + passed * decay.learning_rate  # exact at both ends
+        return rate * min(1.0, (step + 1) / max(self.warmup_steps, 1))
 
 
 def train(
@@ -106,8 +124,8 @@ def train(
         save_seconds = last_save - start
 
     for step in range(first_step, recipe.num_steps):
-        if step < recipe.warmup_steps or step == first_step:
-            rate = recipe.learning_rate * min(1.0, (step + 1) / max(recipe.warmup_steps, 1))
+        rate = recipe.rate_at(step)
+        if step == first_step or rate != recipe.rate_at(step - 1):
             for group in optimizer.param_groups:
                 group["lr"] = rate
 

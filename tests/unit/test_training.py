@@ -14,9 +14,9 @@ from mixflow.models import load_model
 from mixflow.runtime.errors import UserError
 from mixflow.runtime.seeds import Stream, normal
 from mixflow.runtime.stopping import StopRequest, Unfinished
-from mixflow.training import Recipe, train
+from mixflow.training import Decay, Recipe, train
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "sit"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def recipe(**changes):
@@ -43,15 +43,16 @@ def loss_function(net, step, positions):
     return (net(draws) - draws[:, :2].sin()).square().mean(dim=1)
 
 
-def run(tmp_path, **options):
+def run(tmp_path, changes={}, **options):  # noqa: B006 (never changed)
     net = network()
-    return (*train(Accelerator(cpu=True), net, loss_function, recipe(), tmp_path / "resume.pt", **options), net)
+    resume = tmp_path / "resume.pt"
+    return (*train(Accelerator(cpu=True), net, loss_function, recipe(**changes), resume, **options), net)
 
 
 def test_four_steps_equal_the_peers():
     """golden/sit train_a: AdamW at 1e-4 without clipping, EMA 0.9999, given data, noise, times and dropped labels."""
-    golden = load_file(GOLDEN / "train_a.safetensors")
-    net = load_model("sit", GOLDEN / "model_a.safetensors", num_heads=4)
+    golden = load_file(GOLDEN / "sit" / "train_a.safetensors")
+    net = load_model("sit", GOLDEN / "sit" / "model_a.safetensors", num_heads=4)
     losses = []
 
     def loss(wrapped, step, positions):
@@ -147,3 +148,58 @@ def test_time_budget_stops_before_its_end(monkeypatch):
     now[0] += 2 * 60  # ten minutes before the end at the latest
     assert stop
     assert stop.reason == "the time budget is used up"
+
+
+# ---- the learning rate
+
+
+@pytest.fixture
+def rates(monkeypatch):
+    """The learning rate of every step that an optimiser takes."""
+    seen = []
+
+    class Watched(torch.optim.AdamW):
+        def step(self):
+            seen.append(self.param_groups[0]["lr"])
+            super().step()
+
+    monkeypatch.setattr(torch.optim, "AdamW", Watched)
+    return seen
+
+
+def test_decay_is_raes():
+    """golden/rae lr_schedule: 2e-4 for 40 epochs of 1251 steps, then linear to 2e-5 at epoch 800."""
+    published = json.loads((GOLDEN / "rae" / "lr_schedule.json").read_text())["main_branch_2025-12"]["lr"]
+    constant = recipe(learning_rate=2e-4, warmup_steps=0, decay=Decay(40 * 1251, 800 * 1251, 2e-5))
+    for step, rate in published.items():
+        assert constant.rate_at(int(step)) == pytest.approx(rate, rel=1e-14), step
+    assert constant.rate_at(40 * 1251) == 2e-4
+    assert constant.rate_at(800 * 1251) == constant.rate_at(10**9) == 2e-5
+    warmed = recipe(learning_rate=2e-4, warmup_steps=40 * 1251, decay=constant.decay)  # RAE's trainer of October 2025
+    assert warmed.rate_at(0) == pytest.approx(2e-4 / 50_040)
+    assert warmed.rate_at(25_019) == pytest.approx(1e-4)
+    assert all(warmed.rate_at(int(step)) == constant.rate_at(int(step)) for step in published if int(step) >= 50_039)
+
+
+def test_every_step_has_its_rate(tmp_path, rates):
+    run(tmp_path / "constant")
+    assert rates == pytest.approx([0.002, 0.004, 0.006, 0.008] + 56 * [0.01])
+    rates.clear()
+    run(tmp_path / "decaying", {"decay": Decay(20, 30, 0.001)})
+    assert rates[:20] == pytest.approx([0.002, 0.004, 0.006, 0.008] + 16 * [0.01])
+    assert rates[20:31] == pytest.approx([0.01 - 0.0009 * passed for passed in range(11)])
+    assert rates[30:] == 30 * [0.001]
+
+
+@pytest.mark.parametrize("stops", [[24], [3, 22, 1], [29, 1], [40]])
+def test_stopping_in_the_decay_changes_nothing(tmp_path, rates, stops):
+    decaying = {"decay": Decay(20, 30, 0.001)}
+    whole, _, whole_net = run(tmp_path / "whole", decaying)
+    expected, rates[:] = list(rates), []
+    for steps in stops:
+        with pytest.raises(Unfinished, match="saved at step"):
+            run(tmp_path / "cut", decaying, stop=StopAfter(steps))
+    ema, _, net = run(tmp_path / "cut", decaying)
+    assert rates == expected
+    assert all(torch.equal(ema[key], whole[key]) for key in ema)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), whole_net.parameters(), strict=True))
