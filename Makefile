@@ -39,8 +39,8 @@ demo: setup
 # In a folder of its own, for its tables are called as the real ones.
 rehearsal: setup
 	@mkdir -p rehearsal
-	@start=$$SECONDS; snakemake main table4 table8 other_metrics --profile local --configfile rehearsal.yaml --directory rehearsal && \
-	  echo "done in $$((SECONDS - start)) s: rehearsal/results/tables/main.html, table4.html, table8.html, other_metrics.html"
+	@start=$$SECONDS; snakemake main table4 table8 imagenet512 other_metrics --profile local --configfile rehearsal.yaml --directory rehearsal && \
+	  echo "done in $$((SECONDS - start)) s: rehearsal/results/tables/main.html, table4.html, table8.html, imagenet512.html, other_metrics.html"
 
 test: setup
 	OMP_NUM_THREADS=1 pytest $(if $(FAST),-m "not slow")
@@ -59,6 +59,7 @@ bench: setup
 	python benchmarks/evaluate_memory.py --images 5000 --reference-images 3000
 	python benchmarks/sde_calls.py
 	python benchmarks/repa_sde.py
+	python benchmarks/autoguidance.py
 	python benchmarks/training_step.py
 	python benchmarks/image_to_step.py
 	python benchmarks/loader.py

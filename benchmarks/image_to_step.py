@@ -64,7 +64,7 @@ def main() -> None:
         save_vae(folder / "vae")
         save_images(folder, count)
         images = ImageNet(folder, 256, 1, count)
-        codec = load_autoencoder(SETTINGS, folder / "vae")
+        codec = load_autoencoder(SETTINGS, {path.name: path for path in (folder / "vae").iterdir()})
         vae = AutoencoderKL.from_pretrained(folder / "vae").eval().requires_grad_(False)
         pixels = np.empty((count, 256, 256, 3), np.uint8)
         start = time.perf_counter()

@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     verb = _verb(verbs, "cache-latents", _cache_latents, "encode a dataset once, into shards and an index")
     _settings(verb, "LATENTS")
     verb.add_argument("--images", type=Path, metavar="FOLDER", help="the folder that holds train/ (imagenet)")
-    verb.add_argument("--autoencoder", type=Path, metavar="RECORD", help="record of the autoencoder's download")
+    _autoencoder_files(verb)
     verb.add_argument("--out", type=Path, help="index.json to write; shards go beside it")
     verb.add_argument("--workers", type=int, metavar="N", help="threads that read images (default: the cores)")
     verb.add_argument(
@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--init", type=Path, help="weights to start from")
     verb.add_argument("--pixels", type=Path, help="index.json of the images, for REPA's alignment")
     verb.add_argument("--encoder", type=Path, metavar="RECORD", help="record of its image encoder's download")
+    _autoencoder_files(verb)
     verb.add_argument("--out", type=Path, help="model.safetensors to write (EMA weights)")
     verb.add_argument("--micro-batch", type=int, metavar="N", help="rows per forward pass on one device")
     verb.add_argument(
@@ -105,7 +106,8 @@ def _parser() -> argparse.ArgumentParser:
     verb = _verb(verbs, "sample", _sample, "draw images from a checkpoint; resumes after any kill")
     _settings(verb, "CHECKPOINT", "SAMPLER")
     verb.add_argument("--weights", type=Path, help="model.safetensors of the checkpoint")
-    verb.add_argument("--autoencoder", type=Path, metavar="RECORD", help="record of the autoencoder's download")
+    verb.add_argument("--guide", type=Path, metavar="WEIGHTS", help="model.safetensors of the network that guides it")
+    _autoencoder_files(verb)
     verb.add_argument("--out", type=Path, help="samples.npz to write")
     verb.add_argument(
         "--batch", type=int, default=250, metavar="N", help="images per forward pass (default %(default)s)"
@@ -184,6 +186,10 @@ def _parser() -> argparse.ArgumentParser:
     _settings(verb)
     verb.add_argument("--out", type=Path, help="list of the files to write")
 
+    verb = _verb(verbs, "plan", _plan, "say what tables need before anything runs: jobs, downloads, disk")
+    verb.add_argument("tables", nargs="+", metavar="TABLE", help="tables of config.yaml; paper: all of the paper's")
+    _configs(verb)
+
     verb = _verb(verbs, "inspect", _inspect, "say what a weights file, latent cache, sample file or result is")
     verb.add_argument("file", type=Path, nargs="+", metavar="FILE")
     verb.add_argument("--json", action="store_true", help="print JSON")
@@ -210,6 +216,13 @@ def _configs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", nargs="+", default=["config.yaml"], metavar="FILE", help="later files overlay")
     parser.add_argument("--settings", metavar="JSON", help="the resolved slice itself, instead of --config")
     parser.add_argument("--log", metavar="FILE", help="append log lines to this file too")
+
+
+def _autoencoder_files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--autoencoder", nargs="+", metavar="[ROLE=]RECORD",
+        help="records of the downloads that the autoencoder consists of; RAE's roles are encoder, decoder, statistics",
+    )  # fmt: skip
 
 
 def _long_running(parser: argparse.ArgumentParser) -> None:
@@ -254,10 +267,19 @@ def _recorded(options: argparse.Namespace, given: Path | None, section: str, nam
     return _existing(Path(paths.download(download)), f"the download '{download}'")
 
 
-def _autoencoder(options: argparse.Namespace, latents: str) -> Path | None:
-    if options.autoencoder is not None or options.settings is not None:
-        return options.autoencoder
-    return _recorded(options, None, "autoencoders", _config(options).get("latents", latents).autoencoder)
+def _autoencoder(options: argparse.Namespace, latents: str, *uses: str) -> dict[str, Path]:
+    """Return the records of an autoencoder's downloads by role: those given, else what these uses of it need."""
+    if options.autoencoder is not None:
+        return dict(_role_and_record(text) for text in options.autoencoder)
+    if options.settings is not None:
+        return {}
+    downloads = _config(options).autoencoder_of(latents).files_for(*uses)
+    return {role: _existing(Path(paths.download(name)), f"the download '{name}'") for role, name in downloads.items()}
+
+
+def _role_and_record(text: str) -> tuple[str, Path]:
+    role, equals, record = text.partition("=")
+    return (role, Path(record)) if equals and role.isalpha() else ("network", Path(text))
 
 
 def _download(options: argparse.Namespace) -> None:
@@ -281,7 +303,7 @@ def _cache_latents(options: argparse.Namespace) -> None:
     images = options.images
     if images is None and options.settings is None and settings["dataset"]["kind"] == "imagenet":
         images = Path(_config(options).dataset_of(options.latents).folder)
-    autoencoder = _autoencoder(options, options.latents)
+    autoencoder = _autoencoder(options, options.latents, "encode")
 
     from mixflow.stages.cache_latents import cache_latents
 
@@ -305,7 +327,8 @@ def _train(options: argparse.Namespace) -> None:
     init = None
     if parent != "scratch":
         init = _existing(options.init or Path(paths.weights(parent)), f"the parent of '{name}'")
-    latents = _existing(options.latents or Path(paths.latents(settings["train"]["latents"])), "the latent cache")
+    latents = _existing(options.latents or _trained_from(options, settings), "the latent cache")
+    uses = ("encode", "latents") if settings.get("encode") else ("latents",)
     pixels, encoder = options.pixels, options.encoder
     if (align := settings["train"].get("align")) is not None:
         pixels = _existing(pixels or Path(paths.latents(align["images"])), "the cache of pixels")
@@ -319,6 +342,7 @@ def _train(options: argparse.Namespace) -> None:
         init=init,
         pixels=pixels,
         encoder=encoder,
+        autoencoder=_autoencoder(options, settings["train"]["latents"], *uses),
         out=options.out or Path(paths.weights(name)),
         scratch=options.scratch,
         tensorboard=options.tensorboard,
@@ -327,6 +351,12 @@ def _train(options: argparse.Namespace) -> None:
         time_budget_minutes=options.time_budget,
         expected_gpus=options.gpus,
     )
+
+
+def _trained_from(options: argparse.Namespace, settings: dict[str, Any]) -> Path:
+    """Return the index of the cache that training reads: of the latents, or of the pixels they are encoded from."""
+    latents = settings["train"]["latents"]
+    return Path(paths.latents(latents if options.settings is not None else _config(options).cache_of(latents)))
 
 
 def _import_weights(options: argparse.Namespace) -> None:
@@ -357,15 +387,18 @@ def _sample(options: argparse.Namespace) -> None:
     checkpoint, sampler = options.checkpoint, options.sampler
     settings = _slice(options, "sample", checkpoint, sampler)
     weights = _existing(options.weights or Path(paths.weights(checkpoint)), "the weights file")
-    autoencoder = options.autoencoder
-    if options.settings is None:
-        autoencoder = _autoencoder(options, _config(options).latents_of(checkpoint))
+    latents = "" if options.settings is not None else _config(options).latents_of(checkpoint)
+    autoencoder = _autoencoder(options, latents, "decode")
+    guide = options.guide
+    if guide is None and (name := settings["sampler"]["guidance"].get("guide")) is not None:
+        guide = _existing(Path(paths.weights(name)), f"the guide '{name}'")
 
     from mixflow.stages import sample
 
     sample.run(
         settings,
         weights=weights,
+        guide=guide,
         autoencoder=autoencoder,
         out=options.out or Path(paths.samples(checkpoint, sampler)),
         scratch=options.scratch,
@@ -550,6 +583,15 @@ def _table_preview(options: argparse.Namespace) -> None:
     config = _config(options)
     table = config.slice("render", options.table)
     print(preview(table, [config.slice("row", options.table, row) for row in table["rows"]]))
+
+
+def _plan(options: argparse.Namespace) -> None:
+    config = _config(options)
+
+    from mixflow.stages.plan import Plan, render
+
+    names = [name for given in options.tables for name in (config.paper_tables() if given == "paper" else [given])]
+    print(render(Plan(config, names), names))
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,12 +10,13 @@ import torch
 from torch import Tensor
 
 from mixflow.autoencoders.pixels import Pixels
+from mixflow.autoencoders.rae import RAE
 from mixflow.autoencoders.sd_vae import SDVae
 from mixflow.runtime.errors import UserError, did_you_mean
 
-__all__ = ["Autoencoder", "load_autoencoder"]
+__all__ = ["RAE", "Autoencoder", "load_autoencoder"]
 
-_KINDS = ("pixels", "sd_vae")
+_KINDS = ("pixels", "rae", "sd_vae")
 
 
 class Autoencoder(Protocol):
@@ -32,19 +34,34 @@ class Autoencoder(Protocol):
         ...
 
     def decode(self, latents: Tensor, to_uint8: str = "round") -> Tensor:
-        """Latents [B,C,h,w] -> images uint8 [B,H,W,3]; to_uint8 is 'round' (as SiT) or 'truncate' (as REPA)."""
+        """Latents [B,C,h,w] -> images uint8 [B,H,W,3]; to_uint8 is 'round' (SiT) or 'truncate' (REPA, RAE)."""
         ...
 
 
 def load_autoencoder(
-    settings: dict[str, Any], folder: Path | None = None, device: torch.device | str = "cpu"
+    settings: Mapping[str, Any],
+    files: Mapping[str, Path] | None = None,  # by name, as the kind asks; {} for pixels
+    device: torch.device | str = "cpu",
+    *,
+    mirrors: bool | None = None,  # for rae: whether the cache keeps mirror images too; other kinds have their own way
 ) -> Autoencoder:
     """Build the autoencoder of a resolved config entry ({kind: ..., ...}).
 
-    `folder` holds the network's files, for kinds that have one; without it such a kind only knows `latents`.
+    Without some of its files it can do whatever does not take them: sd_vae's `latents` takes none.
     """
-    options = dict(settings)
+    options, files = dict(settings), dict(files or {})
     kind = options.pop("kind")
     if kind not in _KINDS:
         raise UserError(f"autoencoder kind '{kind}' is not known{did_you_mean(kind, _KINDS)}")
-    return Pixels(**options) if kind == "pixels" else SDVae(folder, device, **options)
+    if kind == "rae":
+        return RAE(files, device, mirrors=bool(mirrors), **options)
+    return Pixels(**options) if kind == "pixels" else SDVae(_folder(files), device, **options)
+
+
+def _folder(files: Mapping[str, Path]) -> Path | None:
+    """Return where an sd_vae's files lie, None if there are none. `UserError` without a config.json."""
+    if not files:
+        return None
+    if "config.json" not in files:
+        raise UserError(f"the autoencoder's download has no config.json among {', '.join(files)}: add it to its files")
+    return files["config.json"].parent

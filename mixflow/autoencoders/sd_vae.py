@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mixflow.autoencoders.quantise import quantise
+from mixflow.runtime.arithmetic import float32_products
 from mixflow.runtime.errors import UserError
 
 FILES = ("config.json", "diffusion_pytorch_model.safetensors")
@@ -109,14 +110,8 @@ class SDVae:
     @contextlib.contextmanager
     def _arithmetic(self) -> Iterator[None]:
         """The autoencoder's own precision, whatever the caller's network runs in: strict float32 or bf16 autocast."""
-        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-        before = matmul.allow_tf32, cudnn.allow_tf32
-        matmul.allow_tf32 = cudnn.allow_tf32 = False
-        try:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                yield
-        finally:
-            matmul.allow_tf32, cudnn.allow_tf32 = before
+        with float32_products(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            yield
 
     def _chunk(self, pixels_per_image: int) -> int:
         return max(1, CHUNK_PIXELS // pixels_per_image)

@@ -5,12 +5,13 @@ absent are None and left out of slices, so that adding an optional key never mak
 `python -m mixflow.config --write-schema` regenerates the JSON schema for editors.
 
 Each file imports only from those before it; `Config` is the argument of the checks and slices, by annotation alone:
-values, samplers, entries; checks, slices; resolved (`Config`); messages, loading; files, schema.
+values, samplers, sources, networks, entries; checks, slices; resolved (`Config`); messages, loading; files, schema.
 """
 
-from mixflow.config.entries import CLASSIFIER_METRICS, INCEPTION_METRICS, SIT_SHORTHANDS, SIT_SIZES, Pair, Train
+from mixflow.config.entries import CLASSIFIER_METRICS, INCEPTION_METRICS, Pair, Train
 from mixflow.config.files import check_latents, check_weights_file
 from mixflow.config.loading import load_config, resolve
+from mixflow.config.networks import RAE_SIZES, SIT_SHORTHANDS, SIT_SIZES
 from mixflow.config.resolved import Config
 from mixflow.config.samplers import Diffusion, Dopri5, EulerMaruyama, FixedStep
 from mixflow.config.schema import SCHEMA_FILE, schema_text
@@ -19,6 +20,7 @@ from mixflow.config.slices import slice_key, to_json
 __all__ = [
     "CLASSIFIER_METRICS",
     "INCEPTION_METRICS",
+    "RAE_SIZES",
     "SCHEMA_FILE",
     "SIT_SHORTHANDS",
     "SIT_SIZES",

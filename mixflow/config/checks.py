@@ -7,8 +7,10 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from mixflow.config.entries import REPA, SDVAE, Classifier, Pair, Row, Table
+from mixflow.config.entries import Classifier, Pair, Row, Table
+from mixflow.config.networks import REPA
 from mixflow.config.samplers import EulerMaruyama
+from mixflow.config.sources import RAE, SDVAE
 from mixflow.config.values import NAME_PATTERN, SCRATCH
 from mixflow.runtime.errors import UserError, did_you_mean
 
@@ -22,13 +24,22 @@ def _references(config: Config) -> Iterator[tuple[str, str, str]]:
         yield f"datasets.{name}.reference", dataset.reference, "references"
         for other in dataset.further_references:
             yield f"datasets.{name}.further_references", other, "references"
-    for section in ("autoencoders", "encoders", "extractors", "references"):
+    for section in ("encoders", "extractors", "references"):
         for name, entry in getattr(config, section).items():
-            if (download := getattr(entry, "download", None)) is not None:
-                yield f"{section}.{name}.download", download, "downloads"
+            if entry.download is not None:
+                yield f"{section}.{name}.download", entry.download, "downloads"
+    for name, autoencoder in config.autoencoders.items():
+        for role, download in autoencoder.files_for("encode", "latents", "decode").items():
+            key = "download" if role == "network" else role
+            yield f"autoencoders.{name}.{key}", download, "downloads"
     for name, latents in config.latents.items():
         yield f"latents.{name}.dataset", latents.dataset, "datasets"
         yield f"latents.{name}.autoencoder", latents.autoencoder, "autoencoders"
+        if latents.encoded_from is not None:
+            yield f"latents.{name}.encoded_from", latents.encoded_from, "latents"
+    for name, sampler in config.samplers.items():
+        if sampler.guidance.guide is not None:
+            yield f"samplers.{name}.guidance.guide", sampler.guidance.guide, "checkpoints"
     for name, checkpoint in config.checkpoints.items():
         part = "train" if checkpoint.train else "weights"
         yield f"checkpoints.{name}.{part}.latents", checkpoint.origin.latents, "latents"
@@ -77,10 +88,16 @@ def check_networks(config: Config) -> None:
     """Check that networks fit their latents, and the checkpoints that they start from."""
     for name, checkpoint in config.checkpoints.items():
         options, latents, parent = config.network_options(name), checkpoint.origin.latents, config.parent(name)
-        if options["input_size"] % options["patch_size"]:
+        patch_size = options.get("patch_size", 1)
+        if options["input_size"] % patch_size:
             raise UserError(
-                f"checkpoints.{name}: patch_size {options['patch_size']} does not divide the latents of '{latents}', "
+                f"checkpoints.{name}: patch_size {patch_size} does not divide the latents of '{latents}', "
                 f"which are {options['input_size']} wide: take one that does"
+            )
+        if checkpoint.train and checkpoint.train.horizontal_flip and config.latents[latents].mirrors is False:
+            raise UserError(
+                f"checkpoints.{name}.train.horizontal_flip: the cached latents '{latents}' hold no mirror images, and "
+                "tokens of a mirror image are not the flipped tokens: write false, or mirrors: true there"
             )
         if parent is not None and config.network_options(parent) != options:
             raise UserError(
@@ -93,7 +110,15 @@ def check_latents_entries(config: Config) -> None:
     """Check that autoencoders can take the images that they are to encode."""
     for name, latents in config.latents.items():
         dataset, autoencoder = config.dataset_of(name), config.autoencoder_of(name)
-        if not isinstance(autoencoder, SDVAE):
+        if isinstance(autoencoder, RAE):
+            _check_rae(config, name)
+        elif latents.mirrors is not None or latents.encoded_from is not None:
+            key = "mirrors" if latents.encoded_from is None else "encoded_from"
+            raise UserError(
+                f"latents.{name}.{key}: goes with an autoencoder of kind rae, and '{latents.autoencoder}' is of kind "
+                f"{autoencoder.kind}: leave it out"
+            )
+        if not isinstance(autoencoder, RAE | SDVAE):
             continue
         if dataset.num_channels != 3 or dataset.resolution % autoencoder.downsampling:
             raise UserError(
@@ -101,6 +126,38 @@ def check_latents_entries(config: Config) -> None:
                 f"{autoencoder.downsampling}, but '{latents.dataset}' has {dataset.num_channels} channels at "
                 f"{dataset.resolution}: name another dataset or autoencoder"
             )
+
+
+def _check_rae(config: Config, name: str) -> None:
+    """Check the geometry of representation latents, and what they are kept in or made from."""
+    latents, dataset, autoencoder = config.latents[name], config.dataset_of(name), config.autoencoder_of(name)
+    assert isinstance(autoencoder, RAE)
+    tokens = autoencoder.encoder_size // autoencoder.encoder_patch
+    _, wanted = autoencoder.latent_shape(dataset)
+    if tokens != wanted:
+        raise UserError(
+            f"latents.{name}.autoencoder: '{latents.autoencoder}' sees images at {autoencoder.encoder_size} pixels, "
+            f"which makes {tokens}x{tokens} tokens, but latents of {dataset.resolution} pixels are {wanted}x{wanted}: "
+            f"set encoder_size to {wanted * autoencoder.encoder_patch}, and take decoder and statistics of that size"
+        )
+    if latents.encoded_from is None:
+        if latents.mirrors is None:
+            size = dataset.num_images * autoencoder.bytes_per_image(dataset, False) / 1e9
+            raise UserError(
+                f"latents.{name}.mirrors: missing, and nothing has a default: write false ({size:,.0f} GB), or true "
+                f"({2 * size:,.0f} GB), which training with horizontal_flip needs"
+            )
+        return
+    if config.autoencoder_of(latents.encoded_from).kind != "pixels":
+        raise UserError(
+            f"latents.{name}.encoded_from: '{latents.encoded_from}' holds no pixels: name latents with the autoencoder "
+            "pixels"
+        )
+    if config.latents[latents.encoded_from].dataset != latents.dataset:
+        raise UserError(
+            f"latents.{name}.encoded_from: '{latents.encoded_from}' holds "
+            f"'{config.latents[latents.encoded_from].dataset}', not '{latents.dataset}': name pixels of that dataset"
+        )
 
 
 def check_comparisons(config: Config) -> None:
@@ -154,7 +211,15 @@ def check_pair(config: Config, pair: Pair) -> None:
     origin, sampler = config.get("checkpoints", pair.checkpoint).origin, config.get("samplers", pair.sampler)
     guidance, (channels, _) = sampler.guidance, config.latent_shape(origin.latents)
     where = f"samplers.{pair.sampler}.guidance"
-    if guidance.scale != 1 and origin.model.label_dropout == 0:
+    num_classes = config.dataset_of(origin.latents).num_classes
+    if sampler.labels == "balanced_shuffled" and sampler.num_images % num_classes:
+        raise UserError(
+            f"samplers.{pair.sampler}.num_images: {sampler.num_images} is no multiple of the {num_classes} classes of "
+            f"'{pair.checkpoint}', as labels: balanced_shuffled asks for: write one, or take labels: balanced"
+        )
+    if guidance.guide is not None:
+        _check_guide(config, where, pair.checkpoint, guidance.guide)
+    elif guidance.scale != 1 and origin.model.label_dropout == 0:
         raise UserError(
             f"{where}.scale: {guidance.scale:g} cannot be used with '{pair.checkpoint}', whose label_dropout 0 leaves "
             "it without a null class: take a sampler with scale 1.0"
@@ -169,6 +234,26 @@ def check_pair(config: Config, pair: Pair) -> None:
             f"checkpoints.{pair.checkpoint}.weights.interpolant: missing, but the SDE sampler '{pair.sampler}' needs "
             "it: add linear or gvp"
         )
+
+
+def _check_guide(config: Config, where: str, checkpoint: str, guide: str) -> None:
+    ours, theirs = (config.latents[config.latents_of(name)] for name in (checkpoint, guide))
+    shape, found = (config.latent_shape(config.latents_of(name)) for name in (checkpoint, guide))
+    if shape != found or ours.autoencoder != theirs.autoencoder:
+        described = [
+            f"{size}x{size}x{channels} of '{latents.autoencoder}'"
+            for (channels, size), latents in ((shape, ours), (found, theirs))
+        ]
+        raise UserError(
+            f"{where}.guide: '{guide}' makes latents {described[1]}, but those of '{checkpoint}' are {described[0]}: "
+            "take a sampler whose guide was trained on the same latents"
+        )
+    paths = {config.checkpoints[name].origin.interpolant for name in (checkpoint, guide)} - {None}
+    if len(paths) > 1:
+        raise UserError(f"{where}.guide: '{guide}' has another interpolant than '{checkpoint}': name another guide")
+    wanted, known = (config.network_options(name)["num_classes"] for name in (checkpoint, guide))
+    if known < wanted:
+        raise UserError(f"{where}.guide: '{guide}' knows {known} of the {wanted} classes: name another guide")
 
 
 def check_tables(config: Config) -> None:

@@ -1,11 +1,13 @@
-"""The entries of config.yaml, section by section; those of samplers are next door."""
+"""The entries of checkpoints, of what evaluates their samples, and of tables."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
+import re
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from mixflow.config.networks import Model
 from mixflow.config.values import (
     LIST,
     TEXT,
@@ -19,221 +21,11 @@ from mixflow.config.values import (
     Precision,
     Seed,
     Sha256,
-    from_text,
 )
-from mixflow.runtime.errors import UserError, did_you_mean
-
-# --- downloads -------------------------------------------------------------------------------------------------------
-
-
-class Download(Entry):
-    """Files that others publish: in a Hugging Face repository, behind an address, or in a folder of this machine.
-
-    A name in `files` may hold * and ? and must then fit exactly one file. Without `sha256` the first download is
-    recorded in results/locks/, and later ones must equal it.
-    """
-
-    repo: Annotated[str | None, Field(pattern="^[^/]+/[^/]+$")] = None
-    revision: str | None = None  # of the repo: a commit, a tag or a branch
-    url: Annotated[str | None, Field(pattern="^https?://")] = None
-    folder: str | None = None
-    files: Annotated[tuple[str, ...], Field(min_length=1), LIST]
-    sha256: dict[str, Sha256] | None = None  # file -> its hash
-
-    @property
-    def address(self) -> str:
-        """Where the files come from, for people."""
-        return f"{self.repo or self.url or self.folder} ({', '.join(self.files)})"
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Download:
-        sources = [name for name in ("repo", "url", "folder") if getattr(self, name) is not None]
-        if len(sources) != 1:
-            held = " and ".join(sources) or "none of them"
-            raise UserError(
-                f"a download has one of 'repo', 'url' and 'folder', here {held}: write one, set others null"
-            )
-        if (self.repo is None) != (self.revision is None):
-            raise UserError("revision: goes with 'repo', so that a moving repository is noticed: write both or neither")
-        if self.url is not None and len(self.files) != 1:
-            raise UserError(f"files: a 'url' is one file, here {len(self.files)}: make an entry for each")
-        for name in self.sha256 or ():
-            if name not in self.files:
-                raise UserError(f"sha256.{name}: is not one of the files{did_you_mean(name, self.files)}")
-        return self
-
-
-class StandIns(Entry):
-    """Small random files in the peers' formats, which the pipeline makes itself: the rehearsal has no others.
-
-    Whatever image folder or download lies below `folder` is made, in the sizes that the entries around it ask for.
-    """
-
-    folder: str
-    seed: Seed
-
-
-# --- datasets, autoencoders, latents ---------------------------------------------------------------------------------
-
-
-class Digits(Entry):
-    """scikit-learn's handwritten digits."""
-
-    kind: Literal["digits"]
-    resolution: Count
-    num_classes: Count
-    num_held_out: Count
-    seed: Seed
-    reference: str
-    further_references: Annotated[tuple[str, ...], LIST] = ()
-
-    @property
-    def num_channels(self) -> int:
-        return 1
-
-    @model_validator(mode="after")
-    def _fits_the_data(self) -> Digits:
-        if self.num_held_out >= 1797:
-            raise UserError(f"num_held_out: {self.num_held_out} leaves none of the 1797 digits: write a smaller number")
-        if self.num_classes != 10:
-            raise UserError(f"num_classes: {self.num_classes} does not fit the digits: write 10")
-        return self
-
-
-class ImageNet(Entry):
-    """A folder train/<class>/<image>: class ids follow the sorted folder names. Centre-cropped as by ADM."""
-
-    kind: Literal["imagenet"]
-    folder: str
-    resolution: Count
-    num_classes: Count
-    num_images: Count  # what must be there
-    reference: str
-    further_references: Annotated[tuple[str, ...], LIST] = ()  # for metrics of other extractors
-
-    @property
-    def num_channels(self) -> int:
-        return 3
-
-
-class Pixels(Entry):
-    """No autoencoder: latents are the pixels, scaled to [-1, 1]."""
-
-    kind: Literal["pixels"]
-
-    @property
-    def download(self) -> None:
-        return None  # there is nothing to load
-
-    def latent_shape(self, dataset: Dataset) -> tuple[int, int]:
-        """Return (channels, size) of the square latents of a dataset's images."""
-        return dataset.num_channels, dataset.resolution
-
-
-class SDVAE(Entry):
-    """Stable Diffusion's autoencoder (diffusers' AutoencoderKL): 4 channels, 8 times smaller."""
-
-    kind: Literal["sd_vae"]
-    download: str  # config.json and diffusion_pytorch_model.safetensors
-    channels: Count
-    downsampling: Count
-    scale: Positive  # latents are the posterior's values times this
-    precision: Literal["fp32", "bf16"]
-
-    def latent_shape(self, dataset: Dataset) -> tuple[int, int]:
-        """Return (channels, size) of the square latents of a dataset's images."""
-        return self.channels, dataset.resolution // self.downsampling
-
-
-class Latents(Entry):
-    """A dataset, encoded once by an autoencoder."""
-
-    dataset: str
-    autoencoder: str
-    shard_size: Count
-
-
-Dataset = Annotated[Digits | ImageNet, Field(discriminator="kind")]
-Autoencoder = Annotated[Pixels | SDVAE, Field(discriminator="kind")]
+from mixflow.runtime.errors import UserError
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
-# fmt: off
-SIT_SIZES = {
-    "S":  {"depth": 12, "hidden_size":  384, "num_heads":  6},  #  33 M parameters with patch 2
-    "B":  {"depth": 12, "hidden_size":  768, "num_heads": 12},  # 131 M
-    "L":  {"depth": 24, "hidden_size": 1024, "num_heads": 16},  # 458 M
-    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},  # 675 M
-}
-# fmt: on
-SIT_SHORTHANDS = {
-    f"{size}/{patch_size}": {**numbers, "patch_size": patch_size}
-    for size, numbers in SIT_SIZES.items()
-    for patch_size in (2, 4, 8)
-}
-
-
-def _offer_size(schema: dict[str, Any]) -> None:
-    schema["properties"]["size"] = {"enum": list(SIT_SHORTHANDS)}
-
-
-class Backbone(Entry):
-    """What SiT and REPA share; `size: XL/2` stands for hidden_size, depth, num_heads and patch_size."""
-
-    model_config = ConfigDict(json_schema_extra=_offer_size)
-
-    hidden_size: Count
-    depth: Count
-    num_heads: Count
-    patch_size: Count
-    label_dropout: BelowOne
-
-    @model_validator(mode="before")
-    @classmethod
-    def _expand_size(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or "size" not in values:
-            return values
-        values = dict(values)
-        size = values.pop("size")
-        if size not in SIT_SHORTHANDS:
-            raise UserError(f"size: '{size}' is not known{did_you_mean(size, SIT_SHORTHANDS)}")
-        for key, number in SIT_SHORTHANDS[size].items():
-            if from_text(values.setdefault(key, number)) != number:
-                raise UserError(f"{key}: {values[key]} contradicts size: {size}: write one of the two")
-        return values
-
-    @model_validator(mode="after")
-    def _divisible(self) -> Self:
-        for divisor, needed_by in ((self.num_heads, "num_heads"), (4, "its position embedding")):
-            if self.hidden_size % divisor:
-                raise UserError(f"hidden_size: {self.hidden_size} is not divisible by {needed_by} ({divisor})")
-        return self
-
-
-class SiT(Backbone):
-    """A SiT network (arXiv 2401.08740)."""
-
-    family: Literal["sit"]
-    learn_sigma: Flag
-
-
-class REPA(Backbone):
-    """A SiT with projectors on the output of one block (arXiv 2410.06940)."""
-
-    family: Literal["repa"]
-    encoder_depth: Count  # the block whose output is aligned, counted from 1
-    z_dims: Annotated[tuple[Count, ...], Field(min_length=1), LIST]  # widths of the encoders' features
-    projector_dim: Count
-    qk_norm: Flag
-
-    @model_validator(mode="after")
-    def _aligned_block(self) -> REPA:
-        if self.encoder_depth > self.depth:
-            raise UserError(f"encoder_depth: {self.encoder_depth} is beyond the {self.depth} blocks: lower it")
-        return self
-
-
-Model = Annotated[SiT | REPA, Field(discriminator="family")]
 Interpolant = Literal["linear", "gvp"]
 SLOWED_LAWS = ("mixflow", "matched", "blind", "uniform_slowed")  # the laws whose m differs from the plain t, by gamma
 
@@ -244,6 +36,20 @@ class Align(Entry):
     encoder: str
     images: str  # latents of the same dataset that hold its pixels
     coefficient: Positive
+
+
+class Decay(Entry):
+    """The learning rate falls linearly between two steps, to the one given here; constant before and after."""
+
+    start_step: Annotated[int, Field(ge=0), TEXT]
+    end_step: Count
+    learning_rate: NonNegative
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Decay:
+        if self.start_step >= self.end_step:
+            raise UserError(f"start_step: {self.start_step} is not before end_step {self.end_step}: lower it")
+        return self
 
 
 class Encoder(Entry):
@@ -280,6 +86,7 @@ class Train(Entry):
     betas: Annotated[tuple[BelowOne, BelowOne], LIST]
     weight_decay: NonNegative
     warmup_steps: Annotated[int, Field(ge=0), TEXT]
+    decay: Decay | None = None
     gradient_clip: Annotated[float | None, Field(gt=0), TEXT] = None
     ema_decay: BelowOne
     horizontal_flip: Flag
@@ -287,6 +94,25 @@ class Train(Entry):
     compile: Flag
     align: Align | None = None
     seed: Seed
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_law(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        law, peers = values.get("law"), values.get("time_dist_type")
+        if peers is not None:
+            raise UserError(
+                f"time_dist_type: '{peers}' is how RAE's files name the law of t, which is 'law' here: write law: "
+                "mixflow, whose Beta(2,1) takes its place, or law: logit_normal for RAE's own training"
+            )
+        named = set(re.findall("[a-z_]+", str(law)))
+        if (law is not None and not isinstance(law, str)) or {"mixflow", "logit_normal"} <= named:
+            raise UserError(
+                f"law: {law!r} is not one law: mixflow draws t ~ Beta(2,1) in the place of logit_normal or any other, "
+                "and slows m on top: write one of them"
+            )
+        return values
 
     @model_validator(mode="after")
     def _law_and_gamma(self) -> Train:

@@ -18,8 +18,9 @@ from mixflow.config.checks import (
     check_references,
     check_tables,
 )
-from mixflow.config.entries import Checkpoint, Model
+from mixflow.config.entries import Checkpoint
 from mixflow.config.messages import sentence
+from mixflow.config.networks import Model
 from mixflow.config.resolved import Config
 from mixflow.config.values import NAME_PATTERN, SCRATCH
 from mixflow.runtime.errors import UserError, did_you_mean
@@ -133,10 +134,11 @@ def _inherit_models(config: Config) -> Config:
                 raise UserError(f"checkpoints.{name}.train.model: missing, and nothing has a default: add it")
             return own
         inherited = model_of(parent)
+        known = inherited.dump()
         for key, value in (own.dump() if own else {}).items():
-            if value != getattr(inherited, key):
+            if value != known.get(key):
                 raise UserError(
-                    f"checkpoints.{name}.train.model.{key}: {value} differs from the {getattr(inherited, key)} of "
+                    f"checkpoints.{name}.train.model.{key}: {value} differs from the {known.get(key)} of "
                     f"'{parent}', which it starts from: leave model out to inherit it"
                 )
         return inherited

@@ -6,22 +6,10 @@ from typing import Any
 
 from pydantic import Field
 
-from mixflow.config.entries import (
-    Autoencoder,
-    Checkpoint,
-    Dataset,
-    Download,
-    Encoder,
-    Extractor,
-    Latents,
-    Pair,
-    Reference,
-    Row,
-    StandIns,
-    Table,
-)
+from mixflow.config.entries import Checkpoint, Encoder, Extractor, Pair, Reference, Row, Table
 from mixflow.config.samplers import Sampler
 from mixflow.config.slices import SLICES
+from mixflow.config.sources import Autoencoder, Dataset, Download, Latents, StandIns
 from mixflow.config.values import SCRATCH, Entry, Name
 from mixflow.runtime.errors import UserError, did_you_mean
 
@@ -69,6 +57,17 @@ class Config(Entry):
         """Return the dataset behind latents."""
         return self.get("datasets", self.get("latents", latents).dataset)
 
+    def cache_of(self, latents: str) -> str:
+        """Return the latents whose files training reads: these, or the pixels that they are encoded from."""
+        return self.get("latents", latents).encoded_from or latents
+
+    def bytes_of(self, latents: str) -> int:
+        """Return the size of a latent cache, without the few bytes of its headers."""
+        entry, dataset = self.get("latents", latents), self.dataset_of(latents)
+        if entry.encoded_from is not None:
+            return 0
+        return dataset.num_images * self.autoencoder_of(latents).bytes_per_image(dataset, entry.mirrors)
+
     def reference_of(self, checkpoint: str) -> str:
         """Return the reference that a checkpoint's samples are compared with first of all."""
         return self.dataset_of(self.latents_of(checkpoint)).reference
@@ -114,10 +113,18 @@ class Config(Entry):
 
     def network_options(self, checkpoint: str) -> dict[str, Any]:
         """Return all options of a checkpoint's network, with those that its latents and dataset decide."""
-        origin = self.get("checkpoints", checkpoint).origin
-        channels, size = self.latent_shape(origin.latents)
-        num_classes = self.dataset_of(origin.latents).num_classes
-        return {**origin.model.dump(), "input_size": size, "in_channels": channels, "num_classes": num_classes}
+        model = self.get("checkpoints", checkpoint).origin.model
+        channels, size, num_classes = self._sizes(checkpoint)
+        return {**model.dump(), "input_size": size, "in_channels": channels, "num_classes": num_classes}
+
+    def num_parameters(self, checkpoint: str) -> int:
+        """Return how many numbers a checkpoint's weights hold."""
+        return self.get("checkpoints", checkpoint).origin.model.num_parameters(*self._sizes(checkpoint))
+
+    def _sizes(self, checkpoint: str) -> tuple[int, int, int]:
+        """Return (channels, size, classes) that latents and dataset decide."""
+        latents = self.latents_of(checkpoint)
+        return *self.latent_shape(latents), self.dataset_of(latents).num_classes
 
     def latent_shape(self, latents: str) -> tuple[int, int]:
         """Return (channels, size) of square latents."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -30,11 +31,23 @@ def _number_of_channels(value: Any) -> Any:
 
 
 class Guidance(Entry):
-    """Classifier-free guidance: null + scale (class - null) on the first `channels`, for t in `interval`."""
+    """Classifier-free guidance: null + scale (class - null) on the first `channels`, for t in `interval`.
+
+    With a `guide`, a weaker checkpoint that is told the class too, autoguidance: guide + scale (network - guide).
+    """
 
     scale: NonNegative
     channels: Annotated[int | Literal["all"], BeforeValidator(_number_of_channels)]
     interval: Annotated[tuple[Fraction, Fraction], LIST]
+    guide: str | None = None
+
+    @model_validator(mode="after")
+    def _guide_acts(self) -> Guidance:
+        if self.guide is not None and self.scale == 1:
+            raise UserError("guide: has no effect at scale 1.0: leave it out, or write another scale")
+        if self.guide is not None and self.channels != "all":
+            raise UserError(f"channels: {self.channels}, but a guide acts on all channels: write all")
+        return self
 
     @field_validator("interval")
     @classmethod
@@ -53,14 +66,15 @@ class Guidance(Entry):
             return ""
         channels = "" if self.channels == "all" else f" on {self.channels} channels"
         interval = "" if self.interval == (0, 1) else f" for t in [{self.interval[0]:g}, {self.interval[1]:g}]"
-        return f", guidance {self.scale:g}{channels}{interval}"
+        kind = "guidance" if self.guide is None else "autoguidance"
+        return f", {kind} {self.scale:g}{channels}{interval}"
 
 
 class AnySampler(Entry):
     """What all samplers share."""
 
     guidance: Guidance
-    labels: Literal["balanced", "random"]
+    labels: Literal["balanced", "balanced_shuffled", "random"]
     num_images: Annotated[int, Field(ge=2), TEXT]
     to_uint8: Literal["round", "truncate"]
     state: Literal["float32", "float64"]
@@ -71,14 +85,29 @@ class AnySampler(Entry):
     def protocol(self) -> str:
         """What a header has no room for, though the numbers depend on it."""
         pixels = "" if self.to_uint8 == "round" else ", pixel values truncated"
-        return f"{self.num_images:,} images, {self.labels} labels, {self.precision}{pixels}, seed {self.seed}"
+        labels = self.labels.replace("_", " and ")
+        guide = "" if self.guidance.guide is None else f", guided by {self.guidance.guide}"
+        return f"{self.num_images:,} images, {labels} labels, {self.precision}{pixels}{guide}, seed {self.seed}"
+
+
+class Grid(Entry):
+    """Times that are not evenly spaced over [0, 1]: evenly spaced over [0, `end`], and shifted towards noise then."""
+
+    shift: Positive  # s in t / (1 + (s - 1) (1 - t)), as in training; 1 is none
+    end: Annotated[float, Field(gt=0, le=1), TEXT]
+
+    def time(self, fraction: float) -> float:
+        """Return paper time after this fraction of the steps."""
+        t = fraction * self.end
+        return t / (1 + (self.shift - 1) * (1 - t))
 
 
 class FixedStep(AnySampler):
-    """An ODE solver with `num_steps` equal steps."""
+    """An ODE solver with `num_steps` steps, of equal size where there is no `grid`."""
 
     solver: Literal["euler", "heun", "heun_repa", "midpoint", "rk4"]
     num_steps: Count
+    grid: Grid | None = None
 
     @property
     def description(self) -> str:
@@ -96,8 +125,17 @@ class FixedStep(AnySampler):
             "midpoint": (0.0, 0.5),
             "rk4": (0.0, 1 / 3, 2 / 3, 1.0),
         }
-        times = [(step + stage) / self.num_steps for step in range(self.num_steps) for stage in stages[self.solver]]
+        grid = self.grid or Grid(shift=1.0, end=1.0)
+        ends = [grid.time(step / self.num_steps) for step in range(self.num_steps + 1)]
+        times = [low + stage * (high - low) for low, high in pairwise(ends) for stage in stages[self.solver]]
         return times[:-1] if self.solver == "heun_repa" else times  # whose last step has no corrector
+
+    @property
+    def protocol(self) -> str:
+        """What a header has no room for, though the numbers depend on it."""
+        if self.grid is None:
+            return super().protocol
+        return f"{super().protocol}, times shifted by {self.grid.shift:.4g} that end at {self.grid.time(1):.4f}"
 
 
 class Dopri5(AnySampler):

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from mixflow.config.checks import check_pair
-from mixflow.config.entries import Checkpoint, Classifier, Column, ImageNet, Pair, Row
+from mixflow.config.entries import Checkpoint, Classifier, Column, Pair, Row
 from mixflow.config.samplers import Dopri5
+from mixflow.config.sources import RAE, SDVAE, ImageNet
 from mixflow.runtime.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -27,13 +28,36 @@ def _slice_stand_ins(config: Config) -> dict[str, Any]:
         raise UserError("stand_ins: missing from the config: only the rehearsal has any, name its file with --config")
     folder = config.stand_ins.folder + "/"
 
+    def files_of(download: str | None) -> list[str]:
+        """Return the files to make: those of a download that lies among the stand-ins."""
+        source = config.downloads[download] if download else None
+        if source is None or source.folder is None or not f"{source.folder}/".startswith(folder):
+            return []
+        return [f"{source.folder}/{file}" for file in source.files]
+
     def made(section: str) -> Iterator[tuple[str, Any, list[str]]]:
-        """Yield (name, entry, files to make) of the entries whose download lies among the stand-ins."""
+        """Yield (name, entry, files to make) of the entries with anything to make."""
         for name, entry in getattr(config, section).items():
             download = entry.weights and entry.weights.download if section == "checkpoints" else entry.download
-            source = config.downloads[download] if download else None
-            if source and source.folder and f"{source.folder}/".startswith(folder):
-                yield name, entry, [f"{source.folder}/{file}" for file in source.files]
+            if files := files_of(download):
+                yield name, entry, files
+
+    def parts_of(name: str, entry: RAE) -> dict[str, Any]:
+        """Return the files to make of a representation autoencoder, by role, and what they must fit."""
+        parts = {role: files_of(download) for role, download in entry.files_for("encode", "latents", "decode").items()}
+        files = {role: found[0].removesuffix("/config.json") for role, found in parts.items() if found}
+        sizes = {
+            config.latent_shape(latents)[1] for latents, used in config.latents.items() if used.autoencoder == name
+        }
+        # Without latents nothing encodes with it.
+        return {**files, **entry.settings(), "size": sizes.pop()} if files and sizes else {}
+
+    rae = {name: parts_of(name, entry) for name, entry in config.autoencoders.items() if isinstance(entry, RAE)}
+    autoencoders = {
+        files[0]: entry.dump("download", "kind")
+        for entry in config.autoencoders.values()
+        if isinstance(entry, SDVAE) and (files := files_of(entry.download))
+    }
 
     images = {
         dataset.folder: {"num_classes": dataset.num_classes, "num_images": dataset.num_images}
@@ -51,7 +75,8 @@ def _slice_stand_ins(config: Config) -> dict[str, Any]:
         "seed": config.stand_ins.seed,
         "images": images,
         "networks": {files[0]: config.network_options(name) for name, _, files in made("checkpoints")},
-        "autoencoders": {files[0]: entry.dump("download", "kind") for _, entry, files in made("autoencoders")},
+        "autoencoders": autoencoders,
+        "rae": {name: parts for name, parts in rae.items() if parts},
         "encoders": {files[0]: entry.num_features for _, entry, files in made("encoders")},
         "extractors": {file: config.extractors[name].dump("download") for name, file in extractors.items()},
         "references": {
@@ -71,11 +96,16 @@ def _slice_download(config: Config, name: str) -> dict[str, Any]:
 
 def _slice_cache_latents(config: Config, name: str) -> dict[str, Any]:
     entry = config.get("latents", name)
+    if entry.encoded_from is not None:
+        raise UserError(
+            f"latents.{name} are encoded from '{entry.encoded_from}' while training and have no cache: cache that one, "
+            "or write shard_size and mirrors in place of encoded_from"
+        )
     return {
         "latents": name,
         "dataset": config.dataset_of(name).dump("reference", "further_references", "folder"),
-        "autoencoder": config.autoencoder_of(name).dump("download"),
-        "shard_size": entry.shard_size,
+        "autoencoder": config.autoencoder_of(name).settings(),
+        **entry.dump("dataset", "autoencoder"),
     }
 
 
@@ -83,10 +113,14 @@ def _slice_train(config: Config, name: str) -> dict[str, Any]:
     train = config.get("checkpoints", name).train
     if train is None:
         raise UserError(f"checkpoints.{name} comes from a weights file: import it instead of training it")
+    on_the_fly = {}
+    if (pixels := config.latents[train.latents].encoded_from) is not None:
+        on_the_fly = {"encode": True, "pixel_autoencoder": config.autoencoder_of(pixels).settings()}
     return {
         "checkpoint": name,
         "train": {**train.dump("model"), "model": config.network_options(name)},
-        "autoencoder": config.autoencoder_of(train.latents).dump("download"),
+        "autoencoder": config.autoencoder_of(train.latents).settings(),
+        **on_the_fly,
     }
 
 
@@ -104,12 +138,14 @@ def _slice_sample(config: Config, checkpoint: str, sampler: str) -> dict[str, An
     origin = config.checkpoints[checkpoint].origin
     dataset = config.dataset_of(origin.latents)
     interpolant = {} if origin.interpolant is None else {"interpolant": origin.interpolant}
+    guide = config.samplers[sampler].guidance.guide
     return {
         "checkpoint": checkpoint,
         "sampler_name": sampler,
         "sampler": config.samplers[sampler].dump(),
         "model": config.network_options(checkpoint),
-        "autoencoder": config.autoencoder_of(origin.latents).dump("download"),
+        **({} if guide is None else {"guide_model": config.network_options(guide)}),
+        "autoencoder": config.autoencoder_of(origin.latents).settings(),
         "num_classes": dataset.num_classes,
         "resolution": dataset.resolution,
         **interpolant,
@@ -123,13 +159,13 @@ def _slice_train_extractor(config: Config, name: str) -> dict[str, Any]:
     return {
         "extractor_name": name,
         "extractor": entry.dump(),
-        "autoencoder": config.autoencoder_of(entry.latents).dump("download"),
+        "autoencoder": config.autoencoder_of(entry.latents).settings(),
     }
 
 
 def _slice_make_reference(config: Config, name: str) -> dict[str, Any]:
     entry = config.get("references", name)
-    encoded = {} if entry.latents is None else {"autoencoder": config.autoencoder_of(entry.latents).dump("download")}
+    encoded = {} if entry.latents is None else {"autoencoder": config.autoencoder_of(entry.latents).settings()}
     return {
         "reference_name": name,
         "reference": entry.dump(),
@@ -159,7 +195,7 @@ def _slice_evaluate(config: Config, checkpoint: str, sampler: str, reference: st
 
 
 def network_calls(sampler: Any) -> int:
-    """Return the forward passes per image; a guided one counts twice, once with the class and once without.
+    """Return the forward passes per image; a guided one counts twice, for the class and for its absence or guide.
 
     0 where the solver chooses its own steps.
     """

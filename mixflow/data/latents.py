@@ -131,6 +131,7 @@ class LatentCache:
             raise UserError(f"'{index_path}' is not a latent cache (format '{FORMAT}'): make it with cache-latents")
         self.latent_shape: tuple[int, ...] = tuple(self.index["latent_shape"])
         self.num_classes: int = self.index["num_classes"]
+        self.mirrors: bool = self.index.get("mirrors", False)  # whether mirror images are stored too
         for shard in self._shards():
             path = self.index_path.parent / shard["file"]
             size = path.stat().st_size if path.exists() else None
@@ -178,7 +179,7 @@ class LatentCache:
     def check_autoencoder(self, autoencoder: dict[str, Any]) -> None:
         """Raise `UserError` unless the cache was made by the autoencoder of this resolved entry."""
         made = self.index["settings"]["autoencoder"]
-        for key in sorted(made.keys() | autoencoder.keys()):
+        for key in ["kind", *sorted(made.keys() | autoencoder.keys())]:
             if made.get(key) != autoencoder.get(key):
                 raise UserError(
                     f"the latents '{self.index_path}' were made with autoencoder {key} {made.get(key)!r}, not "
@@ -190,7 +191,7 @@ class LatentCache:
         if name not in self.index["splits"]:
             raise UserError(f"'{self.index_path}' has no split '{name}'" + did_you_mean(name, self.index["splits"]))
         shards = self.index["splits"][name]["shards"]
-        return LatentSplit(self.index_path.parent, shards, self.index.get("mirrors", False))
+        return LatentSplit(self.index_path.parent, shards, self.mirrors)
 
 
 class DataOrder:

@@ -160,6 +160,11 @@ def count_warning(name: str | os.PathLike[str], num_images: int) -> str | None:
     )
 
 
+def rule_kind(rule: str) -> LabelKind:
+    """Return the kind of labels that a sampler's rule draws: balanced ones have an order of some sort."""
+    return "balanced" if rule.startswith("balanced") else "random"
+
+
 def label_kind(labels: np.ndarray | None, num_classes: int | None = None) -> LabelKind:
     """Return how `labels` [N] were drawn: equally many of each class, independently of each other, or neither.
 

@@ -14,11 +14,21 @@ def float32_products(tf32: bool = False) -> Iterator[None]:
 
     Unless told otherwise cuDNN uses it. A CPU never does.
     """
-    # Not by `allow_tf32`, which cannot be read where somebody has set these.
-    convolution, product = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
-    before = convolution.fp32_precision, product.fp32_precision
-    convolution.fp32_precision = product.fp32_precision = "tf32" if tf32 else "ieee"
+    cudnn, product = torch.backends.cudnn, torch.backends.cuda.matmul
+    operations = [cudnn.conv, cudnn.rnn, product]  # type: ignore[attr-defined]
+    before = [operation.fp32_precision for operation in operations]
+    try:
+        flags = cudnn.allow_tf32, product.allow_tf32
+    except RuntimeError:  # they cannot be read where somebody has set the precisions alone
+        flags = None
+    # The flags too: torch.compile reads them, which fails where they contradict the precisions.
+    cudnn.allow_tf32 = product.allow_tf32 = tf32
+    for operation in operations:
+        operation.fp32_precision = "tf32" if tf32 else "ieee"
     try:
         yield
     finally:
-        convolution.fp32_precision, product.fp32_precision = before
+        if flags is not None:
+            cudnn.allow_tf32, product.allow_tf32 = flags
+        for operation, precision in zip(operations, before, strict=True):
+            operation.fp32_precision = precision

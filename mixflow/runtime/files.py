@@ -59,6 +59,13 @@ def write_errors(path: Path) -> Iterator[None]:
         raise
 
 
+def free_bytes(folder: Path) -> int:
+    """Return what may still be written below `folder`, which need not exist yet."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
 def _umask() -> int:
     """Return the umask, which can only be read by setting it."""
     mask = os.umask(0)

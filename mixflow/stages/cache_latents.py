@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +24,15 @@ from mixflow.data.images import Images, load_digits, read_ahead
 from mixflow.data.latents import FORMAT, LatentSplit, shard_entry, write_shard
 from mixflow.runtime.devices import start_accelerator
 from mixflow.runtime.errors import UserError, did_you_mean
-from mixflow.runtime.files import WorkFolder, atomic_path, write_json
+from mixflow.runtime.files import WorkFolder, atomic_path, free_bytes, write_json
 from mixflow.runtime.progress import Progress, log
 from mixflow.runtime.provenance import RunRecord
 from mixflow.runtime.stopping import StopRequest, Unfinished
-from mixflow.stages.networks import autoencoder_files, autoencoder_folder
+from mixflow.stages.networks import autoencoder_files
 
 UNREADABLE = "unreadable.txt"  # beside the index: images that could not be read, one a line, with the reason
 MAX_NAMED = 3  # of them in the error
+LABEL_AND_INDEX_BYTES = 16  # of an image, beside what the autoencoder keeps
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def cache_latents(
     out: Path,  # index.json; shards, run.json and, for a while, unreadable.txt lie beside it
     *,
     images: Path | None = None,  # the folder that holds train/, for imagenet; where it lies changes no result
-    autoencoder: Path | None = None,  # record of its download, for kinds that have files
+    autoencoder: Mapping[str, Path] = {},  # role -> record of a download, for kinds that have files
     scratch: Path = Path("scratch"),
     batch: int = 64,  # images that are read and encoded at a time; no effect on the result beyond float rounding
     workers: int | None = None,  # threads that read images; None: the cores of this machine, shared by its processes
@@ -74,9 +76,10 @@ def cache_latents(
 ) -> None:
     """Write `out` and the shards. Running it again after any interruption keeps the shards that are whole.
 
-    `settings` is the slice `cache_latents` of the config: {latents, dataset, autoencoder, shard_size}. Images that
-    cannot be read do not end the run: all of them are listed in the end, and only the shards they belong to are
-    missing. Raises `UserError` then, and `Unfinished` when stopped in time.
+    `settings` is the slice `cache_latents` of the config: {latents, dataset, autoencoder, shard_size} and, where the
+    autoencoder leaves the choice, {mirrors}. Images that cannot be read do not end the run: all of them are listed in
+    the end, and only the shards they belong to are missing. Raises `UserError` then, and before anything is encoded
+    where the disk is too small; `Unfinished` when stopped in time.
     """
     name = settings["latents"]
     files = autoencoder_files(autoencoder)
@@ -85,16 +88,18 @@ def cache_latents(
     accelerator = start_accelerator(settings["autoencoder"].get("precision", "fp32"), expected_gpus)
     splits = load_images(settings["dataset"], images)
     shards = plan_shards(settings, splits, out.parent, record.parent_hashes)
-    codec = load_autoencoder(settings["autoencoder"], autoencoder_folder(files), accelerator.device)
+    codec = load_autoencoder(settings["autoencoder"], files, accelerator.device, mirrors=settings.get("mirrors"))
     work = WorkFolder(scratch, "cache-latents", name, slice_key(settings, *record.parent_hashes.values()))
     with contextlib.closing(work):  # gives its lock back, also where the work is not finished
         if accelerator.is_main_process:
             work.open()
         accelerator.wait_for_everyone()
         missing = [shard for shard in shards if not shard.path.exists()]
-        accelerator.wait_for_everyone()  # all have looked before anyone writes
         num_images = sum(len(split.labels) for split in splits.values())
         num_missing = sum(len(shard.positions) for shard in missing)
+        if missing:
+            _check_room(settings, codec, missing[0].images.shape, num_images, num_missing, out.parent)
+        accelerator.wait_for_everyone()  # all have looked before anyone writes
         progress = Progress(name, num_images, "image", num_images - num_missing)
         if 0 < num_missing < num_images:
             log.info("%s: %d of %d shards are there already", name, len(shards) - len(missing), len(shards))
@@ -167,10 +172,46 @@ def make_index(
         index["splits"][name] = {"num_images": len(images.labels), "shards": files}
     first = entries[shards[0].path.name]
     stored, _ = LatentSplit(shards[0].path.parent, [first], codec.mirrors).gather(np.zeros(1, np.int64))
-    index["latent_shape"] = list(codec.latents(stored, None).shape[1:])
+    # Only of a posterior more is stored than the latents; what turns them into latents, such as statistics, may not be
+    # at hand.
+    latents = codec.latents(stored, None) if codec.is_random else stored
+    index["latent_shape"] = list(latents.shape[1:])
     if autoencoder_sha256:
         index |= {"mirrors": codec.mirrors, "autoencoder_sha256": autoencoder_sha256}
     return index
+
+
+def _check_room(
+    settings: dict[str, Any],
+    codec: Autoencoder,
+    shape: tuple[int, int, int],  # of an image
+    num_images: int,  # of the whole cache
+    num_missing: int,
+    folder: Path,
+) -> None:
+    """Say what the images that are still missing take, and raise `UserError` unless the disk has room for them."""
+    blank = torch.zeros((1, *shape), dtype=torch.uint8)
+    with torch.inference_mode():
+        per_image = codec.encode(blank).nbytes + LABEL_AND_INDEX_BYTES
+    needed, free = num_missing * per_image, free_bytes(folder)
+    name = settings["latents"]
+    log.info("%s: %s for %d images, %s free", name, _size(needed), num_missing, _size(free))
+    if needed <= free:
+        return
+    less = ""
+    if settings["autoencoder"]["kind"] == "rae":
+        pixels = num_images * (math.prod(shape) + LABEL_AND_INDEX_BYTES)
+        less = f", or train on the fly (encoded_from), which takes {_size(pixels)} for the pixels and nothing else"
+    raise UserError(
+        f"the latents '{name}' need {_size(needed)} for {num_missing:,} images but '{folder}' has {_size(free)} free: "
+        f"make room, or name a place on another disk{less}"
+    )
+
+
+def _size(num_bytes: int) -> str:
+    """Return bytes for people, in decimal units as disks have them."""
+    scale, unit = next(((s, u) for s, u in ((1e9, "GB"), (1e6, "MB")) if num_bytes >= s), (1e3, "kB"))
+    return f"{num_bytes / scale:,.1f} {unit}"
 
 
 def _encode_shards(

@@ -11,7 +11,10 @@ from typing import Any
 import mixflow
 from mixflow.runtime.provenance import code_version
 
-_PARTS = ("torch", "torchvision", "timm", "accelerate", "torchdiffeq", "diffusers", "torch-fidelity", "snakemake")
+_PARTS = (
+    "torch", "torchvision", "timm", "accelerate", "torchdiffeq", "diffusers", "transformers", "torch-fidelity",
+    "snakemake",
+)  # fmt: skip
 _MIN_SHM_MIB = 256  # below this, loader workers and NCCL die with "Bus error"
 _MIN_FREE_GIB = 1.0
 

@@ -29,6 +29,7 @@ from mixflow.evaluation import (
     train_classifier,
     variance_ratio,
 )
+from mixflow.evaluation.checks import rule_kind
 from mixflow.runtime.downloads import downloaded_file
 from mixflow.runtime.errors import UserError
 from mixflow.runtime.files import atomic_path, write_json
@@ -143,7 +144,7 @@ def evaluate(
         protocol = {**settings, "measurement": measurement(real, network, measured.num_images)}
         # The sampler knows how labels were drawn, and a table that holds many sets says each warning once.
         told = [warning.replace(f"'{samples}'", "the sample file") for warning in measured.warnings]
-        measured = measured._replace(labels=settings["sampler"]["labels"], warnings=told)
+        measured = measured._replace(labels=rule_kind(settings["sampler"]["labels"]), warnings=told)
         _write(out, record, measured.summary(), protocol)
     processes.end_training()
 
@@ -217,7 +218,7 @@ def _evaluate_by_classifier(
         },
     }
     measured = Measured(
-        estimates, len(images), (height, width), settings["sampler"]["labels"], [], np.empty(0, np.uint64)
+        estimates, len(images), (height, width), rule_kind(settings["sampler"]["labels"]), [], np.empty(0, np.uint64)
     )
     _write(out, record, measured.summary(), settings)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from mixflow.config import slice_key
 from mixflow.evaluation import Estimate, Reference, load_reference, open_images, spread
-from mixflow.evaluation.checks import comparison_warnings, require_size
+from mixflow.evaluation.checks import comparison_warnings, require_size, rule_kind
 from mixflow.evaluation.references import DENSITY_NEIGHBOURS, METRICS, require_metrics
 from mixflow.runtime import paths
 from mixflow.runtime.downloads import download, downloaded_file
@@ -125,7 +125,7 @@ def evaluate_files(
         )  # fmt: skip
         if measured is not None:
             told = _sampled_by(source.path, sha256)
-            results.append(measured if told is None else measured._replace(labels=told["sampler"]["labels"]))
+            results.append(measured if told is None else measured._replace(labels=rule_kind(told["sampler"]["labels"])))
     processes.end_training()
     if not results:
         return None

@@ -50,8 +50,14 @@ def _check_sizes(name: str, file: Path, found: dict[str, Any], wanted: dict[str,
             "name latents of the other resolution, or other weights"
         )
     for option in ("in_channels", "num_classes", "hidden_size", "depth", "patch_size", "learn_sigma"):
-        if option in found and option in wanted and found[option] != wanted[option]:
+        # Both in the form that JSON has: pairs as lists.
+        of_file, of_entry = (_as_json(sizes.get(option)) for sizes in (found, wanted))
+        if of_file is not None and of_entry is not None and of_file != of_entry:
             raise UserError(
-                f"the weights of '{name}', '{file}', have {option} {found[option]} but the entry says "
-                f"{wanted[option]}: correct the entry, or name other weights"
+                f"the weights of '{name}', '{file}', have {option} {of_file} but the entry says {of_entry}: correct "
+                "the entry, or name other weights"
             )
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

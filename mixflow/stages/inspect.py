@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ def _facts(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         return _describe_safetensors(path)
     if path.suffix in _TORCH_ENDINGS:
-        return _describe_weights(path)
+        return _describe_part_of_rae(path) or _describe_weights(path)
     if path.suffix == ".npz":
         return _describe_samples(path)
     if path.suffix == ".json":
@@ -60,6 +62,36 @@ def _describe_weights(path: Path) -> dict[str, Any]:
     from mixflow.models import describe_weights
 
     return {"kind": "weights", **describe_weights(path)}
+
+
+def _describe_part_of_rae(path: Path) -> dict[str, Any] | None:
+    """Return what the statistics or the decoder of a representation autoencoder are, None for any other torch file."""
+    from mixflow.runtime.torch_file import read_torch_file
+
+    held = None
+    with contextlib.suppress(UserError):  # whatever is wrong with it, reading it as weights tells
+        held = read_torch_file(path, f"'{path}'")
+    if not isinstance(held, dict):
+        return None
+    if set(held) == {"mean", "var"}:
+        shapes = {name: None if values is None else list(values.shape) for name, values in held.items()}
+        return {"kind": "latent statistics", "shapes": shapes}
+    names = ("decoder_embed.weight", "decoder_pred.weight", "decoder_layers.0.intermediate.dense.bias")
+    if not set(names) <= set(held):
+        return None
+    (width, channels), (pixels, _), (mlp_width,) = (held[name].shape for name in names)
+    layers = {name.split(".")[1] for name in held if name.startswith("decoder_layers.")}
+    positions = held.get("decoder_pos_embed")  # some files leave it out, since it can be computed
+    return {
+        "kind": "decoder of a representation autoencoder",
+        "channels": channels,
+        "width": width,
+        "mlp_width": mlp_width,
+        "layers": len(layers),
+        "patch_size": math.isqrt(pixels // 3),
+        "grid": None if positions is None else math.isqrt(positions.shape[1] - 1),
+        "parameters": sum(tensor.numel() for tensor in held.values()),
+    }
 
 
 def _describe_samples(path: Path) -> dict[str, Any]:

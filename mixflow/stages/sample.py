@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ from mixflow.runtime.progress import Progress, log
 from mixflow.runtime.provenance import RunRecord
 from mixflow.runtime.seeds import Stream, normal, random_words
 from mixflow.runtime.stopping import StopRequest, Unfinished
-from mixflow.sampling import CountedNetwork, guided_velocity, sample, time_grid
+from mixflow.sampling import CountedNetwork, autoguided_velocity, guided_velocity, sample, time_grid
 from mixflow.sampling.guidance import Network
-from mixflow.stages.networks import autoencoder_files, autoencoder_folder, network_from_file
+from mixflow.stages.networks import autoencoder_files, network_from_file
 
 NOISE_STEP = 0  # step number of the draws that belong to a whole image
 
@@ -36,14 +37,17 @@ def run(
     out: Path,  # samples.npz: arr_0 uint8 [N,H,W,3], arr_1 labels int64 [N]; run.json is written beside it
     scratch: Path,
     batch: int = 250,  # images per forward pass on one device; no effect on the result beyond float rounding
-    autoencoder: Path | None = None,  # record of the autoencoder's download, for kinds that have one
+    guide: Path | None = None,  # weights of the network that guides, for samplers that name one
+    autoencoder: Mapping[str, Path] = {},  # role -> record of a download, for kinds that have files
     time_budget_minutes: float | None = None,
     expected_gpus: int | None = None,
 ) -> None:
     """Sample as the slice `sample` of the config says; running it again after any interruption continues."""
     sampler = settings["sampler"]
+    _check_guide_is_named(settings, guide)
     files = autoencoder_files(autoencoder)
-    record = RunRecord("sample", settings, {"weights": weights, **files})
+    guides = {} if guide is None else {"guide": guide}
+    record = RunRecord("sample", settings, {"weights": weights, **guides, **files})
     stop = StopRequest(time_budget_minutes)
     accelerator = start_accelerator(sampler["precision"], expected_gpus)
     device = accelerator.device
@@ -58,10 +62,14 @@ def run(
             work.remove()
             return
 
-        network: Any = network_from_file(settings["model"], weights)
-        _check_network(settings, network, weights)
-        counted = CountedNetwork(network.to(device).requires_grad_(False))
-        codec = load_autoencoder(settings["autoencoder"], autoencoder_folder(files), device)
+        labels = draw_labels(sampler["labels"], sampler["seed"], sampler["num_images"], settings["num_classes"])
+        network = _load_network(settings, "model", weights, f"'{weights}'", "other weights").to(device)
+        counted, counted_guide = CountedNetwork(network), None
+        if guide is not None:
+            source = f"the guide '{sampler['guidance']['guide']}', '{guide}',"
+            guiding = _load_network(settings, "guide_model", guide, source, "another guide").to(device)
+            counted_guide = CountedNetwork(guiding)
+        codec = load_autoencoder(settings["autoencoder"], files, device)
         num_images, size = sampler["num_images"], settings["resolution"]
         archive = NpzWriter(
             work.path, {"arr_0": ((num_images, size, size, 3), np.uint8), "arr_1": ((num_images,), np.int64)}
@@ -82,11 +90,11 @@ def run(
                 if stop:
                     break
                 indices = torch.arange(start, min(start + batch, num_images))
-                labels = draw_labels(sampler["labels"], sampler["seed"], indices, settings["num_classes"])
+                classes = labels[indices]
                 with torch.inference_mode(), accelerator.autocast():
-                    on_device = indices.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-                    latents = sample_latents(counted, settings, *on_device, network.null_label)
-                writer.add(start, latents, labels)
+                    on_device = indices.to(device, non_blocking=True), classes.to(device, non_blocking=True)
+                    latents = sample_latents(counted, settings, *on_device, network.null_label, counted_guide)
+                writer.add(start, latents, classes)
                 sampled += len(indices)
                 progress.advance(accelerator.num_processes, len(indices) * accelerator.num_processes)
         progress.close()
@@ -97,8 +105,11 @@ def run(
             reason = stop.reason or "another process was told to stop"
             raise Unfinished(f"'{name}' was saved at {int(done.sum())} of {num_images} images because {reason}")
 
-        totals = torch.tensor([counted.rows, sampled], dtype=torch.float64, device=device)
-        rows, images = accelerator.reduce(totals, "sum").tolist()
+        calls = {"network_calls_per_image": counted.rows}
+        if counted_guide is not None:
+            calls["guide_calls_per_image"] = counted_guide.rows
+        totals = torch.tensor([*calls.values(), sampled], dtype=torch.float64, device=device)
+        *rows, images = accelerator.reduce(totals, "sum").tolist()
         if accelerator.is_main_process:
             archive.finish(out)
             record.write(
@@ -107,7 +118,7 @@ def run(
                 images=num_images,
                 images_this_attempt=int(images),
                 images_per_second=round(speed, 3),
-                **({"network_calls_per_image": rows / images} if images else {}),
+                **({name: total / images for name, total in zip(calls, rows, strict=True)} if images else {}),
             )
             work.remove()
             log.info("%s: %d images in %s", name, num_images, out)
@@ -173,15 +184,25 @@ class BackgroundWriter:
             self._thread.shutdown()  # after the batch that is being written
 
 
-def draw_labels(rule: str, seed: int, indices: Tensor, num_classes: int) -> Tensor:
-    """Return the class of each sample, int64 [n].
+def draw_labels(rule: str, seed: int, num_images: int, num_classes: int) -> Tensor:
+    """Return the class of each sample, int64 [num_images].
 
     'balanced': sample i has class i mod num_classes (equally many of each, never sorted by class, which would ruin the
-    Inception score). 'random': uniform, a function of (seed, i).
+    Inception score). 'balanced_shuffled': equally many of each, in the order that RAE's `--label-sampling equal` gives
+    one process with this seed. 'random': uniform, a function of (seed, i). Raises `UserError` where 'balanced_shuffled'
+    cannot be balanced.
     """
     if rule == "balanced":
-        return indices % num_classes
-    return random_words(seed, Stream.LABELS, NOISE_STEP, indices, 1)[:, 0] % num_classes
+        return torch.arange(num_images) % num_classes
+    if rule == "balanced_shuffled":
+        if num_images % num_classes:
+            raise UserError(
+                f"{num_images} images cannot be equally many of {num_classes} classes: set num_images to a multiple of "
+                f"{num_classes}, or labels to balanced"
+            )
+        order = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed))
+        return order // (num_images // num_classes)
+    return random_words(seed, Stream.LABELS, NOISE_STEP, torch.arange(num_images), 1)[:, 0] % num_classes
 
 
 def sample_latents(
@@ -190,21 +211,19 @@ def sample_latents(
     indices: Tensor,  # [n] int64
     labels: Tensor,  # [n] int64
     null_label: int | None,
+    guide: Network | None = None,  # for autoguidance, where the sampler names one
 ) -> Tensor:
     """Return latents [n,C,h,w] of the samples with these indices: functions of (seed, index) alone."""
     sampler, model = settings["sampler"], settings["model"]
     seed, guidance = sampler["seed"], sampler["guidance"]
     state = {"float32": torch.float32, "float64": torch.float64}[sampler["state"]]
     shape = (model["in_channels"], model["input_size"], model["input_size"])
-    velocity = guided_velocity(
-        network,
-        labels,
-        null_label,
-        guidance["scale"],
-        channels=None if guidance["channels"] == "all" else guidance["channels"],
-        interval=tuple(guidance["interval"]),
-        network_dtype=torch.float32,
-    )
+    acting: dict[str, Any] = {"interval": tuple(guidance["interval"]), "network_dtype": torch.float32}
+    if guide is not None:
+        velocity = autoguided_velocity(network, guide, labels, guidance["scale"], **acting)
+    else:
+        channels = None if guidance["channels"] == "all" else guidance["channels"]
+        velocity = guided_velocity(network, labels, null_label, guidance["scale"], channels=channels, **acting)
     noise = normal(seed, Stream.NOISE, NOISE_STEP, indices, shape).to(state)
     solver = sampler["solver"]
     options: dict[str, Any] = {}
@@ -220,20 +239,34 @@ def sample_latents(
         }
         times = time_grid(sampler["num_steps"], last_step_size=sampler["last_step_size"])
     else:
-        times = time_grid(sampler["num_steps"])
+        times = time_grid(sampler["num_steps"], **sampler.get("grid", {}))
     return sample(velocity, noise, solver=solver, times=times, **options)
 
 
-def _check_network(settings: dict[str, Any], network: Any, weights: Path) -> None:
-    model, found = settings["model"], network.options
-    wanted = [model["in_channels"], model["input_size"]]
+def _check_guide_is_named(settings: dict[str, Any], guide: Path | None) -> None:
+    """Check that weights of a guide are given exactly where the sampler names one."""
+    name = settings["sampler"]["guidance"].get("guide")
+    if guide is None and name is not None:
+        raise UserError(f"'{settings['sampler_name']}' is guided by '{name}': give the weights of that with --guide")
+    if guide is not None and name is None:
+        raise UserError(f"'{settings['sampler_name']}' names no guide: leave out '{guide}', or set guidance.guide")
+
+
+def _load_network(settings: dict[str, Any], entry: str, weights: Path, source: str, other: str) -> Any:
+    """Return the network of a resolved entry, checked to make what is sampled.
+
+    `source` says what it is, `other` what to name in its place. Raises `UserError`.
+    """
+    model, network = settings["model"], network_from_file(settings[entry], weights)
+    wanted, found = [model["in_channels"], model["input_size"]], network.options
     if [found["in_channels"], found["input_size"]] != wanted:
         raise UserError(
-            f"'{weights}' makes latents of {found['in_channels']} channels and size {found['input_size']} where "
-            f"'{settings['checkpoint']}' has {wanted[0]} and {wanted[1]}: name other weights, or other latents"
+            f"{source} makes latents of {found['in_channels']} channels and size {found['input_size']} where "
+            f"'{settings['checkpoint']}' has {wanted[0]} and {wanted[1]}: name {other}, or other latents"
         )
     if found["num_classes"] < settings["num_classes"]:
         raise UserError(
-            f"'{weights}' knows {found['num_classes']} classes but '{settings['checkpoint']}' is sampled with "
-            f"{settings['num_classes']}: name other weights, or a dataset with as few classes"
+            f"{source} knows {found['num_classes']} classes but '{settings['checkpoint']}' is sampled with "
+            f"{settings['num_classes']}: name {other}, or a dataset with as few classes"
         )
+    return network.requires_grad_(False)

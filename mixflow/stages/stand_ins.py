@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from mixflow.autoencoders.rae_decoder import Decoder
 from mixflow.evaluation import moments
 from mixflow.evaluation.inception import load_inception, tiny_inception_state_dict
 from mixflow.models import build_model, load_dinov2_class
@@ -39,6 +41,7 @@ def make_stand_ins(settings: dict[str, Any], out: Path) -> None:
         _make_network(Path(path), options, seed + number, wrapped=number % 2 == 1)
     for path, options in settings["autoencoders"].items():
         _make_autoencoder(Path(path).parent, options, seed)
+    _make_rae_parts(settings["rae"].values(), seed)
     for path, num_features in settings["encoders"].items():
         _make_encoder(Path(path), num_features, seed)
     for path, options in settings["extractors"].items():
@@ -91,14 +94,19 @@ def _make_images(folder: Path, *, num_classes: int, num_images: int, seed: int) 
 
 
 def _make_network(path: Path, options: dict[str, Any], seed: int, wrapped: bool) -> None:
-    """Write a network as its authors publish it, flat, or (`wrapped`) as their training script saves it."""
+    """Write a network as its authors publish it, flat, or (`wrapped`) as their training scripts save it."""
     family = options["family"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = _randomised(build_model(family, **{key: value for key, value in options.items() if key != "family"}))
     weights = network.state_dict()
-    args = argparse.Namespace(model="stand-in", num_classes=options["num_classes"])
-    _save(path, {"model": weights, "ema": weights, "opt": {}, "args": args} if wrapped else dict(weights))
+    checkpoint: dict[str, Any] = {"model": weights, "ema": weights}
+    if family == "rae":
+        checkpoint |= {"step": 0, "epoch": 0, "optimizer": {}, "scheduler": {}}
+    else:
+        args = argparse.Namespace(model="stand-in", num_classes=options["num_classes"])
+        checkpoint |= {"opt": {}, "args": args}
+    _save(path, checkpoint if wrapped else dict(weights))
 
 
 @torch.no_grad()
@@ -126,6 +134,69 @@ def _make_autoencoder(folder: Path, options: dict[str, Any], seed: int) -> None:
             scaling_factor=options["scale"],
         )
     autoencoder.save_pretrained(folder)
+
+
+def _make_rae_parts(entries: Collection[dict[str, Any]], seed: int) -> None:
+    """Write encoders, decoders and statistics of representation autoencoders, each as far as an entry names it."""
+    sharing: dict[str, list[dict[str, Any]]] = {}
+    for entry in entries:
+        if "encoder" in entry:
+            sharing.setdefault(entry["encoder"], []).append(entry)
+        if "decoder" in entry:
+            _make_rae_decoder(Path(entry["decoder"]), entry, seed)
+        if "statistics" in entry:
+            _make_rae_statistics(Path(entry["statistics"]), entry, seed)
+    for folder, users in sharing.items():
+        largest = max(entry["encoder_size"] for entry in users)
+        _make_rae_encoder(Path(folder), users[0]["channels"], users[0]["encoder_patch"], largest, seed)
+
+
+def _make_rae_encoder(folder: Path, channels: int, patch: int, largest: int, seed: int) -> None:
+    """Write a DINOv2 with registers of two blocks as transformers does; its own images are larger than `largest`.
+
+    So positions must be resized, as those of the real one.
+    """
+    from transformers.models.dinov2_with_registers.configuration_dinov2_with_registers import Dinov2WithRegistersConfig
+    from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of writing one small file
+    config = Dinov2WithRegistersConfig(
+        hidden_size=channels,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=largest + patch,
+        patch_size=patch,
+        num_register_tokens=4,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = Dinov2WithRegistersModel(config)
+        _randomised(encoder)
+    encoder.save_pretrained(folder)
+
+
+def _make_rae_decoder(path: Path, options: dict[str, Any], seed: int) -> None:
+    """Write a decoder of two layers, flat, as RAE's authors publish theirs."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        decoder = Decoder(
+            width=16 * options["decoder_heads"],
+            depth=2,
+            num_heads=options["decoder_heads"],
+            mlp_width=40,
+            num_channels=options["channels"],
+            grid=options["size"],
+            patch_size=options["downsampling"],
+        )
+        _save(path, dict(_randomised(decoder).state_dict()))
+
+
+def _make_rae_statistics(path: Path, options: dict[str, Any], seed: int) -> None:
+    """Write statistics as the released ones are: no mean, and a variance for each position."""
+    shape = (options["channels"], options["size"], options["size"])
+    var = 0.3 + torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+    _save(path, {"mean": None, "var": var})
 
 
 def _make_encoder(path: Path, num_features: int, seed: int) -> None:

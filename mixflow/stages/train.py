@@ -1,8 +1,11 @@
-"""Train a network on cached latents: from scratch, or post-train it from another checkpoint (MixFlow)."""
+"""Train a network: from scratch, or post-train it from another checkpoint (MixFlow).
+
+Its latents come from a cache of them, or (RAE) are encoded from a cache of pixels, each batch when it is needed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mixflow.autoencoders import Autoencoder, load_autoencoder
+from mixflow.autoencoders import RAE, Autoencoder, load_autoencoder
 from mixflow.config import slice_key
 from mixflow.data.latents import DataOrder, LatentCache, LatentSplit, Prefetcher
 from mixflow.flow import INTERPOLANTS, flow_matching_loss, time_pair
-from mixflow.models import REPA, SiT, build_model, check_projectors, load_dinov2, save_model
+from mixflow.models import REPA, VelocityNetwork, build_model, check_projectors, load_dinov2, save_model
 from mixflow.runtime.devices import start_accelerator
 from mixflow.runtime.downloads import downloaded_file
 from mixflow.runtime.errors import UserError
@@ -23,8 +26,8 @@ from mixflow.runtime.progress import log
 from mixflow.runtime.provenance import RunRecord
 from mixflow.runtime.seeds import Stream, normal, uniform
 from mixflow.runtime.stopping import StopRequest
-from mixflow.stages.networks import network_from_file
-from mixflow.training import Recipe, aligned_flow_matching_loss, micro_batches, train
+from mixflow.stages.networks import autoencoder_files, network_from_file
+from mixflow.training import Decay, Recipe, aligned_flow_matching_loss, micro_batches, train
 
 MAX_LOG_EVERY = 50  # steps; short runs log about a hundred times
 
@@ -32,12 +35,13 @@ MAX_LOG_EVERY = 50  # steps; short runs log about a hundred times
 def run(
     settings: dict[str, Any],
     *,
-    latents: Path,  # index.json of the cache
+    latents: Path,  # index.json of the cache: of latents, or of pixels where the slice says "encode"
     init: Path | None,  # weights of the parent, None when training from scratch
     out: Path,  # model.safetensors: EMA weights; losses.json and run.json are written beside it
     scratch: Path,
     pixels: Path | None = None,  # index.json of the cached images, and
     encoder: Path | None = None,  # record of the downloaded image encoder: what REPA's alignment needs
+    autoencoder: Mapping[str, Path] = {},  # role -> record of a download, where latents need files to be made
     tensorboard: Path | None = None,
     micro_batch: int | None = None,
     save_every_seconds: float = 20.0,
@@ -47,10 +51,11 @@ def run(
     """Train as the slice `train` of the config says; running it again after any interruption continues."""
     recipe = settings["train"]
     name = settings["checkpoint"]
+    files = _autoencoder_files(settings, autoencoder)
     parents = {"latents": latents, "init": init, "pixels": pixels}
     if encoder is not None:
         parents["encoder"] = downloaded_file(encoder)
-    record = RunRecord("train", settings, {role: path for role, path in parents.items() if path})
+    record = RunRecord("train", settings, {role: path for role, path in (parents | files).items() if path})
     stop = StopRequest(time_budget_minutes)
     accelerator = start_accelerator(recipe["precision"], expected_gpus)
     caches = [LatentCache(path) for path in (latents, pixels) if path]
@@ -68,8 +73,11 @@ def run(
     network = _network(recipe, init).to(accelerator.device)
     _check_cache(settings, caches[0])
     alignment = _alignment(settings, caches[1:], parents.get("encoder"), network, accelerator.device)
+    codec = load_autoencoder(settings["autoencoder"], files, accelerator.device)
     if recipe["compile"]:
         network.compile()
+        if isinstance(codec, RAE):
+            codec.compile()
     writer = None
     if tensorboard is not None and accelerator.is_main_process:
         from torch.utils.tensorboard import SummaryWriter
@@ -86,8 +94,9 @@ def run(
         make_loss(
             recipe,
             caches[0].split("train"),
-            load_autoencoder(settings["autoencoder"]),
+            codec,
             accelerator.device,
+            encode=settings.get("encode", False),
             alignment=alignment,
             schedule=micro_batches(recipe["batch_size"], accelerator, micro_batch),
         ),
@@ -98,6 +107,7 @@ def run(
             betas=tuple(recipe["betas"]),
             weight_decay=recipe["weight_decay"],
             warmup_steps=recipe["warmup_steps"],
+            decay=Decay(**recipe["decay"]) if "decay" in recipe else None,
             gradient_clip=recipe.get("gradient_clip"),
             ema_decay=recipe["ema_decay"],
         ),
@@ -144,6 +154,7 @@ def make_loss(
     autoencoder: Autoencoder,
     device: torch.device,
     *,
+    encode: bool = False,  # whether `images` holds pixels, uint8 [3,H,W], that the autoencoder is to encode
     alignment: Alignment | None = None,
     schedule: Sequence[Tensor] = (),  # the micro-batches of a step: known in advance, the next one is read ahead
 ) -> Callable[[nn.Module, int, Tensor], Tensor]:
@@ -186,8 +197,12 @@ def make_loss(
         batch = fetch(step, positions)
         stored, labels = batch.stored.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
         positions = positions.to(device, non_blocking=True)
-        posterior = normal(seed, Stream.POSTERIOR, step, positions, shape) if autoencoder.is_random else None
-        data = autoencoder.latents(stored, posterior)  # [b,C,h,w]
+        if encode:
+            assert isinstance(autoencoder, RAE)
+            data = autoencoder.encode_latents(stored.permute(0, 2, 3, 1))  # [b,C,h,w], in a precision of its own
+        else:
+            posterior = normal(seed, Stream.POSTERIOR, step, positions, shape) if autoencoder.is_random else None
+            data = autoencoder.latents(stored, posterior)  # [b,C,h,w]
         noise = normal(seed, Stream.NOISE, step, positions, shape)
         uniforms = uniform(seed, Stream.TIME, step, positions, 3).T  # [3,b]
         t, m = time_pair(uniforms, recipe["law"], gamma=recipe["gamma"], shift=recipe["shift"])
@@ -212,7 +227,7 @@ def network_input_shape(model: dict[str, Any]) -> tuple[int, int, int]:
     return model["in_channels"], model["input_size"], model["input_size"]
 
 
-def _network(recipe: dict[str, Any], init: Path | None) -> SiT:
+def _network(recipe: dict[str, Any], init: Path | None) -> VelocityNetwork:
     if init is not None:
         return network_from_file(recipe["model"], init)
     options = dict(recipe["model"])
@@ -226,7 +241,7 @@ def _alignment(
     settings: dict[str, Any],
     caches: list[LatentCache],
     encoder: Path | None,
-    network: SiT,
+    network: VelocityNetwork,
     device: torch.device,
 ) -> Alignment | None:
     """Return the images and their encoder where the recipe aligns. Raises `UserError` for what does not fit."""
@@ -244,17 +259,46 @@ def _alignment(
     return Alignment(caches[0].split("train"), features.to(device), align["coefficient"])
 
 
-def _check_cache(settings: dict[str, Any], cache: LatentCache) -> None:
-    """Check that the latents are those that the entry asks for: their shape, and the autoencoder behind them."""
-    wanted = network_input_shape(settings["train"]["model"])
-    if tuple(cache.latent_shape) != wanted:
+def _autoencoder_files(settings: dict[str, Any], records: Mapping[str, Path]) -> dict[str, Path]:
+    """Return the files that it takes to make latents. Raises `UserError` where the record of one is not given."""
+    needed = ["statistics"] if settings["autoencoder"]["kind"] == "rae" else []
+    if settings.get("encode"):
+        needed = ["encoder", *needed]
+    missing = [role for role in needed if role not in records]
+    if missing:
+        options = " ".join(f"{role}=RECORD" for role in missing)
         raise UserError(
-            f"'{settings['checkpoint']}' takes latents of shape {list(wanted)} but '{cache.index_path}' holds "
-            f"{list(cache.latent_shape)}: name other latents in its entry, or another model"
+            f"'{settings['checkpoint']}' cannot make its latents without the {' and '.join(missing)} of its "
+            f"autoencoder: give --autoencoder {options}"
         )
-    if cache.num_classes > settings["train"]["model"]["num_classes"]:
+    return autoencoder_files(records)
+
+
+def _check_cache(settings: dict[str, Any], cache: LatentCache) -> None:
+    """Check that the cache holds what the entry asks for: shape and classes, and the autoencoder behind it."""
+    name, recipe, autoencoder = settings["checkpoint"], settings["train"], settings["autoencoder"]
+    cache.check_autoencoder(settings["pixel_autoencoder"] if settings.get("encode") else autoencoder)
+    wanted, found = network_input_shape(recipe["model"]), tuple(cache.latent_shape)
+    if settings.get("encode"):
+        made = tuple(side // autoencoder["downsampling"] for side in found[1:])
+        if found[0] != 3 or made != wanted[1:]:
+            raise UserError(
+                f"'{name}' takes latents of {wanted[1]}x{wanted[2]} but the images in '{cache.index_path}', "
+                f"{list(found)}, become latents of {made[0]}x{made[1]}: name pixels of another dataset in "
+                "encoded_from, or another model"
+            )
+    elif found != wanted:
         raise UserError(
-            f"'{settings['checkpoint']}' knows {settings['train']['model']['num_classes']} classes but "
+            f"'{name}' takes latents of shape {list(wanted)} but '{cache.index_path}' holds "
+            f"{list(found)}: name other latents in its entry, or another model"
+        )
+    if cache.num_classes > recipe["model"]["num_classes"]:
+        raise UserError(
+            f"'{name}' knows {recipe['model']['num_classes']} classes but "
             f"'{cache.index_path}' has {cache.num_classes}: name other latents in its entry, or another model"
         )
-    cache.check_autoencoder(settings["autoencoder"])
+    if autoencoder["kind"] == "rae" and not settings.get("encode") and recipe["horizontal_flip"] and not cache.mirrors:
+        raise UserError(
+            f"'{name}' flips images, but '{cache.index_path}' holds no latents of mirror images, which are not flipped "
+            "latents: set mirrors of these latents to true and cache them again, or horizontal_flip to false"
+        )

@@ -20,7 +20,9 @@ from mixflow.runtime.errors import UserError
 from mixflow.runtime.files import file_sha256, write_json
 from mixflow.runtime.stopping import Unfinished
 from mixflow.stages import cache_latents as stage
+from mixflow.stages.networks import autoencoder_files
 from tests.conftest import ROOT
+from tests.unit import test_rae_stand_ins as rae
 from tests.unit.test_sd_vae import SETTINGS as SD_VAE
 from tests.unit.test_sd_vae import tiny_vae
 
@@ -69,7 +71,7 @@ def cache(folder, out, record, settings=None, **options):
         settings or settings_for(),
         out,
         images=folder,
-        autoencoder=record,
+        autoencoder={"network": record} if record else {},
         scratch=out.parent / "scratch",
         batch=2,
         **options,
@@ -101,7 +103,7 @@ def test_the_cache_holds_both_posteriors_of_every_image_in_order(folder, vae_rec
     pixels = np.empty((18, 32, 32, 3), np.uint8)
     for position in range(18):
         images.read(position, pixels[position])
-    codec = load_autoencoder(SD_VAE, vae_record.parent)
+    codec = load_autoencoder(SD_VAE, autoencoder_files({"network": vae_record}))
     expected = codec.encode(torch.from_numpy(pixels))
     order = np.random.default_rng(1).permutation(18)
     mirrored = order % 2 == 0
@@ -213,6 +215,68 @@ def test_pixels_of_imagenet_are_kept_exactly(folder, tmp_path):
     assert labels.tolist() == images.labels.tolist()
 
 
+def test_a_disk_without_room_is_told_before_anything_is_encoded(
+    folder, vae_record, finished, tmp_path, monkeypatch, caplog
+):
+    """32 x 32 pixels become 2 x 8 x 4 x 4 numbers of two bytes, with a label and an index of eight."""
+    per_image = 2 * 8 * 4 * 4 * 2 + 16
+    out = tmp_path / "new" / "latents" / "index.json"
+    monkeypatch.setattr(stage, "free_bytes", lambda path: 18 * per_image - 1 if path == out.parent else None)
+    monkeypatch.setattr(stage, "_encode_shards", None)
+    sentence = (
+        r"^the latents 'tiny' need 9\.5 kB for 18 images but '.*/new/latents' has 9\.5 kB free: make room, or name a "
+        "place on another disk$"
+    )
+    with pytest.raises(UserError, match=sentence):
+        cache(folder, out, vae_record)
+    assert not shards_of(out)
+    monkeypatch.undo()
+    whole = shards_of(finished)
+    for name in sorted(whole)[:3]:
+        (out.parent / name).write_bytes(whole[name])
+    monkeypatch.setattr(stage, "free_bytes", lambda path: 3 * per_image)  # the last shard holds three images
+    with caplog.at_level("INFO"):
+        cache(folder, out, vae_record)
+    assert "tiny: 1.6 kB for 3 images, 1.6 kB free" in caplog.text
+    assert shards_of(out) == whole
+    monkeypatch.setattr(stage, "free_bytes", lambda path: 0)
+    cache(folder, out, vae_record)  # nothing to encode
+
+
+def test_tokens_are_kept_as_the_encoder_gives_them_with_or_without_mirror_images(folder, tmp_path, monkeypatch):
+    """RAE: 64 x 64 pixels become 32 x 4 x 4 numbers."""
+    rae.make(tmp_path / "stand-ins")
+    roles = {"encoder": rae.records(tmp_path / "stand-ins")["encoder"]}
+    dataset = {"kind": "imagenet", "resolution": 64, "num_classes": 3, "num_images": 18}
+    images = ImageNet(folder, 64, 3, 18)
+    pixels = np.empty((18, 64, 64, 3), np.uint8)
+    for position in range(18):
+        images.read(position, pixels[position])
+    codec = load_autoencoder(rae.AUTOENCODER, autoencoder_files(roles), mirrors=True)
+    expected = codec.encode(torch.from_numpy(pixels))  # [18,2,32,4,4]
+    settings = {"latents": "tokens", "dataset": dataset, "autoencoder": rae.AUTOENCODER, "shard_size": 5}
+    for mirrors in (True, False):
+        out = tmp_path / str(mirrors) / "index.json"
+        options = {"images": folder, "autoencoder": roles, "scratch": tmp_path / "scratch"}
+        stage.cache_latents(settings | {"mirrors": mirrors}, out, **options)
+        latents = LatentCache(out)
+        latents.check_autoencoder(rae.AUTOENCODER)
+        assert latents.latent_shape == (32, 4, 4)
+        assert latents.mirrors is mirrors
+        assert set(latents.index["autoencoder_sha256"]) == {"encoder/config.json", "encoder/model.safetensors"}
+        mirrored = np.arange(18) % 2 == 0
+        stored, _ = latents.split("train").gather(np.arange(18), mirrored if mirrors else None)
+        assert stored.dtype == torch.float16
+        wanted = expected[torch.arange(18), torch.from_numpy(mirrored).long() if mirrors else 0]
+        torch.testing.assert_close(stored, wanted, atol=2e-3, rtol=2e-3)
+    monkeypatch.setattr(stage, "free_bytes", lambda path: 0)
+    sentence = (
+        r"need 37\.2 kB for 18 images .*, or train on the fly \(encoded_from\), which takes 221\.5 kB for the pixels"
+    )
+    with pytest.raises(UserError, match=sentence):
+        stage.cache_latents(settings | {"mirrors": True}, tmp_path / "again/index.json", **options)
+
+
 def test_what_is_not_named_is_told(folder, vae_record, tmp_path):
     with pytest.raises(UserError, match="with its files only"):
         cache(folder, tmp_path / "index.json", None)
@@ -227,7 +291,7 @@ import torch
 torch.set_num_threads(1)
 from mixflow.stages.cache_latents import cache_latents
 settings, folder, out, record, scratch = json.loads(sys.argv[1]), *map(Path, sys.argv[2:])
-cache_latents(settings, out, images=folder, autoencoder=record, scratch=scratch, batch=2, workers=1)
+cache_latents(settings, out, images=folder, autoencoder={"network": record}, scratch=scratch, batch=2, workers=1)
 """
 
 

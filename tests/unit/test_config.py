@@ -136,7 +136,90 @@ IMAGENET: dict[str, Any] = {
         "align": {"encoder": "dino", "images": "imagenet-pixels", "coefficient": 0.5}}},
 }  # fmt: skip
 
+# RAE: representation latents that are encoded from pixels while training, post-training, and a sampler with a guide.
+RAE: dict[str, Any] = {
+    "downloads/encoder": {"folder": "rae", "files": ["config.json", "model.safetensors"]},
+    "downloads/decoder": {"folder": "rae", "files": ["model.pt"]},
+    "downloads/statistics": {"folder": "rae", "files": ["stat.pt"]},
+    "downloads/weights": {"folder": "rae", "files": ["stage2_model.pt"]},
+    "datasets/imagenet": IMAGENET["datasets/imagenet"],
+    "autoencoders/rae": {"kind": "rae", "encoder_kind": "dinov2_with_registers", "encoder": "encoder",
+                         "decoder": "decoder", "statistics": "statistics",
+                         "encoder_size": 56, "encoder_patch": 14, "decoder_heads": 2, "channels": 32,
+                         "downsampling": 16, "precision": "fp32"},
+    "latents/imagenet-pixels": IMAGENET["latents/imagenet-pixels"],
+    "latents/imagenet-rae": {"dataset": "imagenet", "autoencoder": "rae", "encoded_from": "imagenet-pixels"},
+    "checkpoints/rae": {"weights": {"download": "weights", "latents": "imagenet-rae", "model": {
+        "family": "rae", "hidden_size": [32, 48], "depth": [2, 1], "num_heads": [2, 2], "label_dropout": 0.1}}},
+    "checkpoints/rae-small": {"extends": "rae", "weights": {"model": {"hidden_size": [16, 48], "depth": [1, 1]}}},
+    "checkpoints/rae-mixflow": {"extends": "base", "train": {
+        "init": "rae", "latents": "imagenet-rae", "model": None, "law": "mixflow", "gamma": 0.4, "shift": 6.9,
+        "horizontal_flip": True, "decay": {"start_step": 10, "end_step": 20, "learning_rate": 1e-5}}},
+    "samplers/rae": {"extends": "euler50", "num_images": 20, "labels": "balanced_shuffled",
+                     "grid": {"shift": 4.0, "end": 0.9}},
+    "samplers/rae-guided": {"extends": "rae", "guidance": {"scale": 1.5, "guide": "rae-small"}},
+    "tables/rae": {"title": "RAE", "paper": False, "columns": [{"sampler": "rae-guided", "metric": "fd"}],
+                   "rows": [{"checkpoint": "rae-mixflow", "label": "MixFlow"}]},
+}  # fmt: skip
+
 MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({**RAE, "autoencoders/rae/encoder_size": 112},
+     "latents.imagenet-rae.autoencoder: 'rae' sees images at 112 pixels, which makes 8x8 tokens, but latents of 64 "
+     "pixels are 4x4: set encoder_size to 56"),
+    ({**RAE, "autoencoders/rae/encoder_size": 60},
+     "autoencoders.rae.encoder_size: 60 is no multiple of encoder_patch 14: RAE takes 224 pixels for images of 256"),
+    ({**RAE, "autoencoders/rae/statistics": "stats"},
+     "autoencoders.rae.statistics: 'stats' is not one of the downloads; did you mean 'statistics'?"),
+    ({**RAE, "latents/imagenet-rae/shard_size": 16},
+     "latents.imagenet-rae: latents have either 'shard_size' (they are cached) or 'encoded_from' (they are encoded"),
+    ({**RAE, "latents/imagenet-rae/mirrors": True},
+     "latents.imagenet-rae.mirrors: says what a cache holds, but with 'encoded_from' there is none: leave it out"),
+    ({**RAE, "latents/imagenet-rae/encoded_from": "imagenet-pixel"},
+     "latents.imagenet-rae.encoded_from: 'imagenet-pixel' is not one of the latents; did you mean 'imagenet-pixels'?"),
+    ({**RAE, "latents/imagenet-rae/encoded_from": "digits"},
+     "latents.imagenet-rae.encoded_from: 'digits' holds 'digits', not 'imagenet': name pixels of that dataset"),
+    ({**RAE, "latents/imagenet-rae": {"dataset": "imagenet", "autoencoder": "rae", "shard_size": 16}},
+     "latents.imagenet-rae.mirrors: missing, and nothing has a default: write false (0 GB), or true (0 GB), which"),
+    ({**RAE, "latents/imagenet-rae": {
+        "dataset": "imagenet", "autoencoder": "rae", "shard_size": 16, "mirrors": False}},
+     "checkpoints.rae-mixflow.train.horizontal_flip: the cached latents 'imagenet-rae' hold no mirror images, and "
+     "tokens of a mirror image are not the flipped tokens: write false, or mirrors: true there"),
+    ({**IMAGENET, "latents/imagenet/mirrors": True},
+     "latents.imagenet.mirrors: goes with an autoencoder of kind rae, and 'vae' is of kind sd_vae: leave it out"),
+    ({**RAE, "checkpoints/rae/weights/model/size": "DH-XL"},
+     "checkpoints.rae.weights.model.hidden_size: [32, 48] contradicts size: DH-XL: write one of the two"),
+    ({**RAE, "checkpoints/rae/weights/model/num_heads": [3, 2]},
+     "checkpoints.rae.weights.model.hidden_size: 32 of the trunk is no multiple of four times its num_heads 3"),
+    ({**RAE, "checkpoints/rae-mixflow/train/model": {"family": "rae", "hidden_size": [32, 64], "depth": [2, 1],
+                                                     "num_heads": [2, 2], "label_dropout": 0.1,
+                                                     "patch_size": None, "learn_sigma": None}},
+     "checkpoints.rae-mixflow.train.model.hidden_size: [32, 64] differs from the [32, 48] of 'rae', which it starts "
+     "from: leave model out to inherit it"),
+    ({**RAE, "checkpoints/rae-mixflow/train/law": ["mixflow", "logit_normal"]},
+     "checkpoints.rae-mixflow.train.law: ['mixflow', 'logit_normal'] is not one law: mixflow draws t ~ Beta(2,1) in "
+     "the place of logit_normal or any other, and slows m on top: write one of them"),
+    ({**RAE, "checkpoints/rae-mixflow/train/law": "logit_normal+mixflow"},
+     "checkpoints.rae-mixflow.train.law: 'logit_normal+mixflow' is not one law: mixflow draws t ~ Beta(2,1) in"),
+    ({**RAE, "checkpoints/rae-mixflow/train/time_dist_type": "logit-normal_0_1"},
+     "checkpoints.rae-mixflow.train.time_dist_type: 'logit-normal_0_1' is how RAE's files name the law of t, which is "
+     "'law' here: write law: mixflow, whose Beta(2,1) takes its place, or law: logit_normal for RAE's own training"),
+    ({**RAE, "checkpoints/rae-mixflow/train/decay/end_step": 10},
+     "checkpoints.rae-mixflow.train.decay.start_step: 10 is not before end_step 10: lower it"),
+    ({**RAE, "samplers/rae/num_images": 21},
+     "samplers.rae-guided.num_images: 21 is no multiple of the 5 classes of 'rae-mixflow', as labels: "
+     "balanced_shuffled asks for: write one, or take labels: balanced"),
+    ({**RAE, "samplers/rae/grid/end": 1.5}, "samplers.rae.grid.end: 1.5 is out of range: it must be at most 1"),
+    ({**RAE, "samplers/rae-guided/guidance/guide": "rae-smal"},
+     "samplers.rae-guided.guidance.guide: 'rae-smal' is not one of the checkpoints; did you mean 'rae-small'?"),
+    ({**RAE, "samplers/rae-guided/guidance/guide": "base"},
+     "samplers.rae-guided.guidance.guide: 'base' makes latents 32x32x1 of 'pixels', but those of 'rae-mixflow' are "
+     "4x4x32 of 'rae': take a sampler whose guide was trained on the same latents"),
+    ({**RAE, "checkpoints/rae-small/weights/interpolant": "gvp"},
+     "samplers.rae-guided.guidance.guide: 'rae-small' has another interpolant than 'rae-mixflow': name another guide"),
+    ({**RAE, "samplers/rae-guided/guidance/scale": 1.0},
+     "samplers.rae-guided.guidance.guide: has no effect at scale 1.0: leave it out, or write another scale"),
+    ({**RAE, "samplers/rae-guided/guidance/channels": 1},
+     "samplers.rae-guided.guidance.channels: 1, but a guide acts on all channels: write all"),
     ({f"{TRAIN}/learning_rate": "1e-5"},
      "checkpoints.base.train.learning_rate: '1e-5' is text, YAML needs a dot: write 1.0e-5"),
     ({f"{TRAIN}/learning_rate": "1.0e5"},
@@ -405,7 +488,9 @@ def test_network_calls_per_image(settings: dict[str, Any], calls: int | None) ->
 
 def every_slice(config: Config) -> dict[str, str]:
     """Return the JSON of every job's settings."""
-    jobs: list[tuple[str, ...]] = [("cache_latents", name) for name in config.latents]
+    jobs: list[tuple[str, ...]] = [
+        ("cache_latents", name) for name, entry in config.latents.items() if entry.encoded_from is None
+    ]
     jobs += [("train", name) for name in config.trained_checkpoints()]
     jobs += [("download", name) for name in config.downloads]
     jobs += [("import_weights", name) for name in config.imported_checkpoints()]
@@ -479,7 +564,7 @@ def test_slice_key_is_stable() -> None:
 
 def test_the_shipped_config_and_its_rehearsal() -> None:
     config, rehearsal = load_config(CONFIG), load_config(CONFIG, REHEARSAL)
-    assert config.paper_tables() == ["main", "table4", "gamma", "time_laws", "table8"]
+    assert config.paper_tables() == ["main", "table4", "gamma", "time_laws", "table8", "imagenet512"]
     sections = [name for name, entries in config if isinstance(entries, dict)]
     assert {"downloads", "datasets", "checkpoints", "samplers", "tables"} <= set(sections)
     for section in sections:
@@ -515,13 +600,13 @@ def test_controls_are_trained_as_long() -> None:
     config = load_config(CONFIG)
     pairs = {
         (table, row.key): row.against
-        for table in ("digits", "main", "gamma", "time_laws")
+        for table in ("digits", "main", "gamma", "time_laws", "imagenet512")
         for row in config.tables[table].rows
         if row.against
     }
     of_base = ("time_laws", "sit-b2-256-continued")  # the paper's question whether more training does it
     assert pairs.pop(of_base) == "sit-b2-256"
-    assert len(pairs) == 3 + 4 + 6 + 4
+    assert len(pairs) == 3 + 5 + 6 + 4 + 1
     for (_, name), control in pairs.items():
         ours, other = config.checkpoints[name].train, config.checkpoints[control].train
         assert ours is not None
@@ -671,6 +756,8 @@ def test_every_download_of_the_rehearsal_is_made_by_itself() -> None:
     made = rehearsal.slice("stand_ins")
     parts = ("networks", "autoencoders", "encoders", "extractors", "references")
     files = {file for part in parts for file in made[part]}
+    for rae in made["rae"].values():
+        files |= {rae["decoder"], rae["statistics"], f"{rae['encoder']}/config.json"}
     datasets = [dataset for dataset in rehearsal.datasets.values() if dataset.kind == "imagenet"]
     assert set(made["images"]) == {dataset.folder for dataset in datasets}
     for name, download in rehearsal.downloads.items():
@@ -693,14 +780,90 @@ def test_the_recipes_are_those_of_the_base_models() -> None:
         recipe = checkpoint.train
         if recipe is None or name.startswith("digits"):
             continue
-        optimiser = (recipe.batch_size, recipe.learning_rate, recipe.betas, recipe.weight_decay)
-        assert optimiser == (256, 1e-4, (0.9, 0.999), 0)
-        assert (recipe.ema_decay, recipe.warmup_steps, recipe.interpolant) == (0.9999, 0, "linear")
-        is_repa = name.startswith("repa")
-        assert (recipe.gradient_clip, recipe.horizontal_flip) == ((1.0, False) if is_repa else (None, True))
+        optimiser = (recipe.batch_size, recipe.learning_rate, recipe.betas, recipe.weight_decay, recipe.ema_decay)
+        is_repa, is_rae = name.startswith("repa"), name.startswith("rae")
+        assert optimiser == ((1024, 2e-4, (0.9, 0.95), 0, 0.9995) if is_rae else (256, 1e-4, (0.9, 0.999), 0, 0.9999))
+        assert (recipe.warmup_steps, recipe.interpolant) == (40 * 1251 if is_rae else 0, "linear")
+        assert (recipe.gradient_clip, recipe.horizontal_flip) == (
+            None if not is_repa and not is_rae else 1.0,
+            not is_repa,
+        )
+        if is_rae:
+            channels, size = config.latent_shape(recipe.latents)
+            assert recipe.shift == pytest.approx((channels * size**2 / 4096) ** 0.5, rel=1e-15)
+            assert recipe.decay is not None
+            assert (recipe.decay.start_step, recipe.decay.end_step) == (40 * 1251, 800 * 1251)
         assert (recipe.align is not None) == is_repa
         if "mixflow" in name:  # every arm has a control of the same cost
             control = config.checkpoints[f"{recipe.init}-continued"].train
             assert control is not None
             assert control.model_dump(exclude={"law", "gamma"}) == recipe.model_dump(exclude={"law", "gamma"})
             assert (control.law, control.gamma) == ("uniform", 0.0)
+
+
+def test_rae_is_trained_from_pixels_or_from_a_cache() -> None:
+    config = resolve(changed(RAE))
+    on_the_fly = config.slice("train", "rae-mixflow")
+    assert on_the_fly["encode"] is True
+    assert on_the_fly["pixel_autoencoder"] == {"kind": "pixels"}
+    assert config.cache_of("imagenet-rae") == "imagenet-pixels"
+    assert config.bytes_of("imagenet-rae") == 0
+    with pytest.raises(UserError, match="encoded from 'imagenet-pixels' while training and have no cache"):
+        config.slice("cache_latents", "imagenet-rae")
+
+    cached = {"dataset": "imagenet", "autoencoder": "rae", "shard_size": 16, "mirrors": True}
+    config = resolve(changed({**RAE, "latents/imagenet-rae": cached}))
+    assert "encode" not in config.slice("train", "rae-mixflow")
+    assert config.slice("cache_latents", "imagenet-rae")["mirrors"] is True
+    assert config.cache_of("imagenet-rae") == "imagenet-rae"
+    assert config.bytes_of("imagenet-rae") == 50 * 2 * 32 * 4 * 4 * 2
+
+
+def test_the_sizes_of_the_shipped_caches() -> None:
+    """The numbers that config.yaml and the documentation state, in GB."""
+    config = load_config(CONFIG)
+    sizes = {name: round(config.bytes_of(name) / 1e9) for name in config.latents if name != "digits"}
+    assert sizes == {
+        "imagenet-256": 42,
+        "imagenet-512": 168,
+        "imagenet-256-pixels": 252,
+        "imagenet-512-pixels": 1008,
+        "imagenet-256-rae": 0,
+        "imagenet-256-rae-cached": 1008,
+        "imagenet-512-rae": 0,
+    }
+
+
+def test_an_autoencoder_asks_for_the_files_that_a_use_needs() -> None:
+    config = resolve(changed(RAE))
+    rae = config.autoencoder_of("imagenet-rae")
+    assert rae.files_for("encode", "latents") == {"encoder": "encoder", "statistics": "statistics"}
+    assert rae.files_for("latents") == {"statistics": "statistics"}
+    assert rae.files_for("decode") == {"decoder": "decoder", "statistics": "statistics"}
+    assert config.autoencoder_of("digits").files_for("encode", "decode") == {}
+
+
+def test_autoguidance_in_the_slices() -> None:
+    config = resolve(changed(RAE))
+    settings = config.slice("sample", "rae-mixflow", "rae-guided")
+    assert settings["guide_model"] == config.network_options("rae-small")
+    assert settings["guide_model"]["hidden_size"] == [16, 48]
+    assert "guide_model" not in config.slice("sample", "rae-mixflow", "rae")
+    assert config.slice("evaluate", "rae-mixflow", "rae-guided")["network_calls_per_image"] == 2 * 50
+    assert config.samplers["rae-guided"].description == "Euler 50, autoguidance 1.5"
+    assert "guided by rae-small" in config.samplers["rae-guided"].protocol
+
+
+def test_guidance_follows_the_shifted_times() -> None:
+    """RAE's 50 points: 1 - linspace(0, 0.999, 50) in its own time, shifted there."""
+    sampler = load_config(CONFIG).samplers["rae-euler50"]
+    reversed_times = 1 - np.linspace(0, 0.999, 50)
+    shift = sampler.grid.shift
+    wanted = 1 - shift * reversed_times / (1 + (shift - 1) * reversed_times)
+    assert sampler.call_times == pytest.approx(list(wanted[:-1]), abs=1e-12)
+    assert sampler.grid.time(1) == pytest.approx(wanted[-1], abs=1e-12)
+    guided = resolve(changed({"samplers/other": {
+        "extends": "euler50", "num_steps": 10, "grid": {"shift": 4.0, "end": 1.0},
+        "guidance": {"scale": 2.0, "interval": [0.0, 0.2]}}}))  # fmt: skip
+    # k / (10 (1 + 3 (1 - k / 10))) = 0, .027, .059, .097, .143, .2
+    assert guided.slice("evaluate", "base", "other")["network_calls_per_image"] == 10 + 6

@@ -17,7 +17,9 @@ from mixflow.models import build_model, save_model
 from mixflow.runtime.errors import UserError
 from mixflow.runtime.files import write_json
 from mixflow.runtime.npz import NpzWriter
+from mixflow.runtime.seeds import Stream, normal
 from mixflow.runtime.stopping import StopRequest, Unfinished
+from mixflow.sampling import autoguided_velocity, sample, time_grid
 from mixflow.stages import sample as stage
 from mixflow.stages.networks import network_from_file
 from tests.conftest import ROOT
@@ -29,7 +31,15 @@ MODELS = {
         **SIZES, "num_heads": 4, "label_dropout": 0.1, "encoder_depth": 1, "z_dims": [8], "projector_dim": 8,
         "qk_norm": True,
     },
+    "rae": {
+        "input_size": 4, "in_channels": 3, "hidden_size": [16, 24], "depth": [2, 1], "num_heads": [2, 2],
+        "num_classes": 10, "label_dropout": 0.1,
+    },
 }  # fmt: skip
+GUIDES = {
+    "sit": {**MODELS["sit"], "hidden_size": 8, "depth": 1},
+    "rae": {**MODELS["rae"], "hidden_size": [8, 24], "depth": [1, 1]},
+}
 NUM_IMAGES = 13
 
 
@@ -67,6 +77,17 @@ REPA_SDE = {
     "state": "float64",
     "to_uint8": "truncate",
 }
+# RAE's: a shifted grid that stops before the data, here with guidance for two of its three calls.
+AUTOGUIDED = {
+    "grid": {"shift": 2.0, "end": 0.999},
+    "guidance": {"scale": 1.5, "channels": "all", "interval": [0.1, 1.0], "guide": "small"},
+    "to_uint8": "truncate",
+}
+
+
+def autoguided(family, **sampler):
+    models = {"model": {"family": family, **MODELS[family]}, "guide_model": {"family": family, **GUIDES[family]}}
+    return {**settings(**AUTOGUIDED, **sampler), **models, "sampler_name": "euler3-ag"}
 
 
 @pytest.fixture
@@ -74,9 +95,14 @@ def weights(tmp_path):
     return tiny_weights(tmp_path / "model.safetensors", "sit")
 
 
-def tiny_weights(path, family):
+@pytest.fixture
+def guide(tmp_path):
+    return tiny_weights(tmp_path / "guide.safetensors", "sit", GUIDES["sit"])
+
+
+def tiny_weights(path, family, options=None):
     torch.manual_seed(0)
-    network = build_model(family, **MODELS[family])
+    network = build_model(family, **(options or MODELS[family]))
     for parameter in network.parameters():  # the initial head is zero
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     save_model(path, network.state_dict(), {"family": family, **network.options})
@@ -237,9 +263,107 @@ def test_the_decoder_is_found_by_its_record(run, monkeypatch, tmp_path):
     write_json(tmp_path / "vae.json", {"download": "vae", "source": {}, "folder": str(folder), "files": files})
     asked = []
     monkeypatch.setattr(stage, "load_autoencoder", lambda *arguments: asked.append(arguments) or Codec())
-    out = run(autoencoder=tmp_path / "vae.json")
-    assert asked == [({"kind": "pixels"}, folder, torch.device("cpu"))]
+    out = run(autoencoder={"network": tmp_path / "vae.json"})
+    assert asked == [({"kind": "pixels"}, {name: folder / name for name in files}, torch.device("cpu"))]
     assert set(json.loads((out.parent / "run.json").read_text())["parents"]) == {"weights", *files}
+
+
+def test_equally_many_of_each_class_in_raes_order():
+    """Its `--label-sampling equal`: the sorted labels, picked in the order of a generator with the sampler's seed."""
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(3))
+    labels = stage.draw_labels("balanced_shuffled", 3, 40, 10)
+    assert labels.dtype == torch.int64
+    assert torch.equal(labels, torch.arange(10).repeat_interleave(4)[order])
+    assert labels.bincount().tolist() == 10 * [4]
+    # The order belongs to every number drawn with it: a torch that draws another one is to be noticed.
+    assert stage.draw_labels("balanced_shuffled", 0, 12, 4).tolist() == [2, 0, 1, 3, 2, 1, 0, 3, 1, 0, 3, 2]
+    with pytest.raises(UserError, match="13 images cannot be equally many of 10 classes: set num_images to a multiple"):
+        stage.draw_labels("balanced_shuffled", 0, 13, 10)
+
+
+def test_labels_do_not_depend_on_how_they_are_cut():
+    everything = {rule: stage.draw_labels(rule, 0, 20, 10) for rule in ("balanced", "random", "balanced_shuffled")}
+    assert torch.equal(everything["balanced"], torch.arange(20) % 10)
+    assert torch.equal(stage.draw_labels("random", 0, 7, 10), everything["random"][:7])
+
+
+# ---- autoguidance
+
+
+@pytest.mark.parametrize("family", ["sit", "rae"])
+def test_it_is_guided_by_another_network(run, monkeypatch, tmp_path, family):
+    """The latents are those of the sampling room, and run.json tells who took part and what it cost."""
+    main = tiny_weights(tmp_path / "main.safetensors", family)
+    guide = tiny_weights(tmp_path / "small.safetensors", family, GUIDES[family])
+    decoded = []
+    with_codec(monkeypatch, lambda latents: decoded.append(latents.clone()))
+    given = autoguided(family, labels="balanced_shuffled", num_images=20)
+    out = run(settings=given, weights=main, guide=guide, batch=20)
+
+    networks = [network_from_file(given[entry], path) for entry, path in (("model", main), ("guide_model", guide))]
+    labels = torch.from_numpy(np.load(out)["arr_1"])
+    noise = normal(0, Stream.NOISE, 0, torch.arange(20), (3, 4, 4))
+    velocity = autoguided_velocity(*networks, labels, 1.5, interval=(0.1, 1.0))
+    expected = sample(velocity, noise, solver="euler", times=time_grid(3, end=0.999, shift=2.0))
+    torch.testing.assert_close(decoded[0], expected, rtol=0, atol=1e-6)
+    assert torch.equal(labels, stage.draw_labels("balanced_shuffled", 0, 20, 10))
+
+    made = json.loads((out.parent / "run.json").read_text())
+    assert set(made["parents"]) == {"weights", "guide"}
+    assert made["measured"]["network_calls_per_image"] == 3
+    assert made["measured"]["guide_calls_per_image"] == 2
+
+
+def test_another_guide_gives_another_result(run, tmp_path, guide):
+    first = run(settings=autoguided("sit"), guide=guide).read_bytes()
+    torch.manual_seed(1)
+    network = build_model("sit", **GUIDES["sit"])
+    for parameter in network.parameters():
+        parameter.data.add_(0.2 * torch.randn_like(parameter))
+    other = tmp_path / "other.safetensors"
+    save_model(other, network.state_dict(), {"family": "sit", **network.options})
+    assert run(settings=autoguided("sit"), guide=other).read_bytes() != first
+
+
+def test_cut_short_by_a_kill_it_is_guided_on(run, monkeypatch, guide):
+    whole = run("whole", autoguided("sit"), guide=guide, batch=4)
+    decoded = []
+
+    def dies(latents):
+        decoded.append(1)
+        if len(decoded) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        with_codec(patch, dies)
+        with pytest.raises(KeyboardInterrupt):
+            run("cut", autoguided("sit"), guide=guide, batch=4)
+    cut = run("cut", autoguided("sit"), guide=guide, batch=4)
+    assert cut.read_bytes() == whole.read_bytes()
+    assert measured(cut)["images_this_attempt"] < NUM_IMAGES
+    assert measured(cut)["guide_calls_per_image"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"in_channels": 4}, "makes latents of 4 channels and size 4 where 'tiny' has 3 and 4: name another guide, or"),
+        ({"input_size": 8}, "makes latents of 3 channels and size 8 where 'tiny' has 3 and 4: name another guide, or"),
+        ({"num_classes": 5}, "knows 5 classes but 'tiny' is sampled with 10: name another guide, or"),
+    ],
+)
+def test_a_guide_of_another_kind_is_told(run, tmp_path, options, message):
+    guide = tiny_weights(tmp_path / "guide.safetensors", "sit", {**GUIDES["sit"], **options})
+    with pytest.raises(UserError) as told:
+        run(settings=autoguided("sit"), guide=guide)
+    assert str(told.value).startswith(f"the guide 'small', '{guide}', {message}")
+
+
+def test_a_guide_is_given_exactly_where_one_is_named(run, guide):
+    with pytest.raises(UserError, match="'euler3-ag' is guided by 'small': give the weights of that with --guide"):
+        run(settings=autoguided("sit"))
+    with pytest.raises(UserError, match=r"'euler3' names no guide: leave out '.*guide.safetensors', or set guidance"):
+        run(guide=guide)
 
 
 # ---- overlap and faults

@@ -44,13 +44,17 @@ def folder(vae, tmp_path_factory):
     return path
 
 
+def files_of(folder):
+    return {name: folder / name for name in ("config.json", WEIGHTS)}
+
+
 @pytest.fixture
 def images():
     return torch.randint(0, 256, (3, 32, 32, 3), generator=torch.manual_seed(1)).to(torch.uint8)
 
 
 def test_posterior_of_both_mirrors_equals_diffusers(folder, vae, images):
-    codec = load_autoencoder(SETTINGS, folder)
+    codec = load_autoencoder(SETTINGS, files_of(folder))
     assert codec.mirrors
     assert codec.is_random
     stored = codec.encode(images)
@@ -90,19 +94,19 @@ def test_decode_equals_diffusers_in_chunks(folder, vae, to_uint8, monkeypatch):
     levels = 127.5 * decoded + 128 if to_uint8 == "round" else 255 * (decoded + 1) / 2
     expected = levels.clamp(0, 255).floor().permute(0, 2, 3, 1)
     monkeypatch.setattr(module, "CHUNK_PIXELS", 2 * 32 * 32)
-    found = load_autoencoder(SETTINGS, folder).decode(latents, to_uint8)
+    found = load_autoencoder(SETTINGS, files_of(folder)).decode(latents, to_uint8)
     assert (found.shape, found.dtype) == ((3, 32, 32, 3), torch.uint8)
     assert (found.float() - expected).abs().max() <= 1  # a level at a rounding boundary
     assert (found.float() - expected).abs().mean() < 1e-3
 
 
 def test_caller_in_bf16_does_not_change_a_float32_decoder(folder):
-    codec = load_autoencoder(SETTINGS, folder)
+    codec = load_autoencoder(SETTINGS, files_of(folder))
     latents = torch.randn(2, 4, 4, 4)
     alone = codec.decode(latents)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(codec.decode(latents), alone)
-    half = load_autoencoder({**SETTINGS, "precision": "bf16"}, folder).decode(latents)
+    half = load_autoencoder({**SETTINGS, "precision": "bf16"}, files_of(folder)).decode(latents)
     assert 0 < (half.float() - alone.float()).abs().mean() < 3
 
 
@@ -117,8 +121,8 @@ def test_files_of_2022_with_old_attention_names_are_read(folder, vae, images, tm
     assert renamed.keys() != weights.keys()
     save_file(renamed, tmp_path / WEIGHTS)
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    found = load_autoencoder(SETTINGS, tmp_path).encode(images)
-    assert torch.equal(found, load_autoencoder(SETTINGS, folder).encode(images))
+    found = load_autoencoder(SETTINGS, files_of(tmp_path)).encode(images)
+    assert torch.equal(found, load_autoencoder(SETTINGS, files_of(folder)).encode(images))
 
 
 def test_values_that_the_cache_cannot_hold_are_refused(folder, images, tmp_path):
@@ -126,31 +130,33 @@ def test_values_that_the_cache_cannot_hold_are_refused(folder, images, tmp_path)
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     save_file({**weights, "quant_conv.bias": torch.full((8,), 7e4)}, tmp_path / WEIGHTS)
     with pytest.raises(UserError, match=r"gave a value of 7\d,\d{3}, but the cache keeps float16.*65,504"):
-        load_autoencoder(SETTINGS, tmp_path).encode(images)
+        load_autoencoder(SETTINGS, files_of(tmp_path)).encode(images)
     save_file({**weights, "quant_conv.bias": torch.full((8,), float("nan"))}, tmp_path / WEIGHTS)
     with pytest.raises(UserError, match="values that are not finite in fp32: fetch its files again"):
-        load_autoencoder(SETTINGS, tmp_path).encode(images)
+        load_autoencoder(SETTINGS, files_of(tmp_path)).encode(images)
     # A log-variance beyond any meaning is clamped, as by diffusers, rather than refused.
     bias = torch.cat([torch.zeros(4), torch.full((4,), 7e4)])
     save_file({**weights, "quant_conv.bias": bias}, tmp_path / WEIGHTS)
-    assert load_autoencoder(SETTINGS, tmp_path).encode(images)[:, :, 4:].max() == 20
+    assert load_autoencoder(SETTINGS, files_of(tmp_path)).encode(images)[:, :, 4:].max() == 20
 
 
 def test_wrong_and_incomplete_folders_are_told(folder, tmp_path):
+    with pytest.raises(UserError, match=rf"no config.json among {WEIGHTS}: add it to its files"):
+        load_autoencoder(SETTINGS, {WEIGHTS: folder / WEIGHTS})
     with pytest.raises(UserError, match=f"lacks config.json and {WEIGHTS}"):
-        load_autoencoder(SETTINGS, tmp_path)
+        load_autoencoder(SETTINGS, files_of(tmp_path))
     with pytest.raises(UserError, match="has 4 channels and downsampling 8 where its entry says 16 and 8"):
-        load_autoencoder({**SETTINGS, "channels": 16}, folder)
+        load_autoencoder({**SETTINGS, "channels": 16}, files_of(folder))
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
     weights = load_file(folder / WEIGHTS)
     save_file({name: value for name, value in weights.items() if name != "quant_conv.bias"}, tmp_path / WEIGHTS)
     with pytest.raises(UserError, match=r"do not fit its config.json .*'quant_conv.bias'"):
-        load_autoencoder(SETTINGS, tmp_path)
+        load_autoencoder(SETTINGS, files_of(tmp_path))
     (tmp_path / WEIGHTS).write_bytes(b"not weights")
     with pytest.raises(UserError, match="cannot be read"):
-        load_autoencoder(SETTINGS, tmp_path)
+        load_autoencoder(SETTINGS, files_of(tmp_path))
     with pytest.raises(UserError, match="precision 'fp8' is not known"):
-        load_autoencoder({**SETTINGS, "precision": "fp8"}, folder)
+        load_autoencoder({**SETTINGS, "precision": "fp8"}, files_of(folder))
     with pytest.raises(UserError, match="kind 'sd_vea' is not known; did you mean 'sd_vae'"):
-        load_autoencoder({**SETTINGS, "kind": "sd_vea"}, folder)
+        load_autoencoder({**SETTINGS, "kind": "sd_vea"}, files_of(folder))

@@ -2,11 +2,8 @@
 
 import itertools
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,23 +13,13 @@ from PIL import Image
 
 from mixflow.runtime.files import file_sha256
 from tests.conftest import ROOT
+from tests.workflow.commands import CONFIG, kill_when_changed, run, sentence, two_processes
 
 pytestmark = pytest.mark.slow
 
-CONFIG = ["--config", ROOT / "config.yaml", ROOT / "rehearsal.yaml"]
 DOWNLOADS = ("sd-vae-ft-ema", "repa-xl2-256", "sit-xl2-256", "dinov2-b")
-# The number of threads decides the order of sums, and so the last bit.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 NUM_IMAGES = 60
 CHECKPOINT, SAMPLER = "repa-xl2-256-mixflow", "repa-sde250-cfg1.8"
-
-
-def run(folder, *arguments, config=CONFIG, code=0):
-    """Run `python -m mixflow ...` in `folder`; returns the finished process."""
-    command = [sys.executable, "-m", "mixflow", *map(str, arguments), *map(str, config)]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=ENVIRONMENT)
-    assert result.returncode == code, result.stderr[-3000:]
-    return result
 
 
 @pytest.fixture(scope="module")
@@ -69,29 +56,6 @@ RESULTS = (
 )
 
 
-def state(folder, pattern):
-    """What a kill waits for: the number of files, and their contents where one file tells the progress."""
-    return [(path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.glob(pattern))]
-
-
-def kill_when_changed(folder, pattern, arguments, config):
-    """Start a command and SIGKILL it as soon as it has saved something more."""
-    command = [sys.executable, "-m", "mixflow", *map(str, arguments), *map(str, config)]
-    before = state(folder, pattern)
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, **quiet)
-    changes, last, deadline = 0, before, time.monotonic() + 120
-    wanted = 2 if "sample" in arguments else 1  # the first change of done.npy is its creation, or the start's
-    while changes < wanted:
-        assert process.poll() is None, "the command ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-        if (now := state(folder, pattern)) != last:
-            changes, last = changes + 1, now
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 def test_cache_train_and_sample_killed_twice_each_end_in_the_same_bytes(copy, tmp_path_factory):
     whole = tmp_path_factory.mktemp("whole")
     for part in ("stand-ins", "results"):
@@ -115,13 +79,6 @@ def test_cache_train_and_sample_killed_twice_each_end_in_the_same_bytes(copy, tm
     record = json.loads((copy / "results/samples" / CHECKPOINT / SAMPLER / "run.json").read_text())
     assert record["measured"]["images"] == NUM_IMAGES
     assert record["measured"]["images_this_attempt"] < NUM_IMAGES
-
-
-def two_processes(folder, *arguments, config=CONFIG):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mixflow"]
-    command = [*launch, *map(str, arguments), *map(str, config)]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=ENVIRONMENT)
-    assert result.returncode == 0, result.stderr[-3000:]
 
 
 def test_two_processes_make_what_one_makes(copy, tmp_path_factory):
@@ -233,13 +190,6 @@ def test_alignment_trains_the_projectors_and_can_be_left_out(copy):
 
 
 # --- bad input: the sentence, and nothing lost ------------------------------------------------------------------------
-
-
-def sentence(result):
-    """The one line that a user sees."""
-    lines = [line for line in result.stderr.splitlines() if line.startswith("mixflow: ")]
-    assert "Traceback" not in result.stderr
-    return lines[-1]
 
 
 def test_a_missing_class_and_truncated_images_are_all_named(copy):

@@ -66,8 +66,11 @@ def rows_per_pass(flag):
 
 
 def whole_latents(name):
-    """The index of a latent cache; a missing or cut shard is told before any job starts."""
-    index = paths.latents(name)
+    """The index of a latent cache, or of the pixels that latents are encoded from while training.
+
+    A missing or cut shard is told before any job starts.
+    """
+    index = paths.latents(settings.cache_of(name))
     try:
         mixflow_config.check_latents(index)
     except UserError as error:
@@ -123,8 +126,36 @@ def option(flag, files):
     return lambda wildcards, input: f"{flag} {input[files]}" if input[files] else ""
 
 
-def autoencoder_of(latents):
-    return download_of("autoencoders", settings.get("latents", latents).autoencoder)
+def autoencoder_files(latents, *uses):
+    """The records of the downloads that these uses of an autoencoder need: role -> record."""
+    downloads = settings.autoencoder_of(latents).files_for(*uses)
+    return {role: paths.download(name) for role, name in downloads.items()}
+
+
+def autoencoder_inputs(latents_of_job, *uses):
+    """An input function: the records of `autoencoder_files` for the latents that a job works on."""
+    return lambda wildcards: list(
+        autoencoder_files(latents_of_job(wildcards), *uses).values()
+    )
+
+
+def autoencoder_option(latents_of_job, *uses):
+    """A params function: the flag with role=record of each, nothing where there are none."""
+
+    def params(wildcards, input):
+        files = autoencoder_files(latents_of_job(wildcards), *uses)
+        parts = [shlex.quote(f"{role}={record}") for role, record in files.items()]
+        return " ".join(["--autoencoder", *parts]) if parts else ""
+
+    return params
+
+
+def own_latents(wildcards):
+    return wildcards.latents
+
+
+def sampled_latents(wildcards):
+    return settings.latents_of(wildcards.checkpoint)
 
 
 # --- inputs of cache_latents
@@ -169,6 +200,22 @@ def alignment(wildcards):
     }
 
 
+def training_uses(wildcards):
+    """What training asks of the autoencoder: to make latents of what is stored, and first of all to store it."""
+    latents = settings.latents[settings.latents_of(wildcards.checkpoint)]
+    return ("latents",) if latents.encoded_from is None else ("encode", "latents")
+
+
+def training_autoencoder(wildcards):
+    return autoencoder_inputs(sampled_latents, *training_uses(wildcards))(wildcards)
+
+
+def training_autoencoder_option(wildcards, input):
+    return autoencoder_option(sampled_latents, *training_uses(wildcards))(
+        wildcards, input
+    )
+
+
 def weights_file(wildcards):
     """The record of a download, or the user's own file, compared with its entry before any job starts."""
     weights = settings.get("checkpoints", wildcards.checkpoint).weights
@@ -178,6 +225,18 @@ def weights_file(wildcards):
         return mixflow_config.check_weights_file(settings, wildcards.checkpoint)
     except UserError as error:
         raise user_error(error) from None
+
+
+# --- inputs of sample
+
+
+def guide_parts(wildcards):
+    """The weights of the network that guides, where the sampler names one."""
+    guide = settings.get("samplers", wildcards.sampler).guidance.guide
+    if guide is None:
+        return {"guide": [], "guide_record": []}
+    weights = paths.weights(guide)
+    return {"guide": ancient(weights), "guide_record": record_of(weights)}
 
 
 # --- inputs of evaluate

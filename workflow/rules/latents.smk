@@ -1,7 +1,7 @@
 rule cache_latents:
     input:
         images=images_of,
-        autoencoder=lambda wildcards: autoencoder_of(wildcards.latents),
+        autoencoder=autoencoder_inputs(own_latents, "encode"),
     output:
         index=paths.latents("{latents}"),
         record=record_of(paths.latents("{latents}")),
@@ -17,7 +17,7 @@ rule cache_latents:
         launch=launcher,
         batch=rows_per_pass("--batch"),
         images=folder_of_images,
-        autoencoder=option("--autoencoder", "autoencoder"),
+        autoencoder=autoencoder_option(own_latents, "encode"),
     shell:
         "{params.launch} cache-latents {wildcards.latents:q} --settings {params.settings:q}"
         " {params.images} {params.autoencoder} {params.batch} --workers {threads}"

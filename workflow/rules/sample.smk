@@ -1,10 +1,9 @@
 rule sample:
     input:
+        unpack(guide_parts),
         weights=ancient(paths.weights("{checkpoint}")),
         weights_record=record_of(paths.weights("{checkpoint}")),
-        autoencoder=lambda wildcards: autoencoder_of(
-            settings.latents_of(wildcards.checkpoint)
-        ),
+        autoencoder=autoencoder_inputs(sampled_latents, "decode"),
     output:
         samples=paths.samples("{checkpoint}", "{sampler}"),
         record=record_of(paths.samples("{checkpoint}", "{sampler}")),
@@ -18,7 +17,8 @@ rule sample:
         settings=slice_of("sample", "checkpoint", "sampler"),
         launch=launcher,
         batch=rows_per_pass("--batch"),
-        autoencoder=option("--autoencoder", "autoencoder"),
+        guide=option("--guide", "guide"),
+        autoencoder=autoencoder_option(sampled_latents, "decode"),
     shell:
         "{params.launch} sample {wildcards.checkpoint:q} {wildcards.sampler:q} --settings {params.settings:q}"
-        " --weights {input.weights:q} {params.autoencoder} {params.batch} --out {output.samples:q} --log {log:q}"
+        " --weights {input.weights:q} {params.guide} {params.autoencoder} {params.batch} --out {output.samples:q} --log {log:q}"

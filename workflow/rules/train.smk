@@ -5,6 +5,7 @@ rule train:
         latents=lambda wildcards: whole_latents(
             settings.latents_of(wildcards.checkpoint)
         ),
+        autoencoder=training_autoencoder,
         init=ancient(parent_weights),
         init_record=parent_record,
     output:
@@ -27,9 +28,11 @@ rule train:
         init=option("--init", "init"),
         pixels=option("--pixels", "pixels"),
         encoder=option("--encoder", "encoder"),
+        autoencoder=training_autoencoder_option,
     shell:
         "{params.launch} train {wildcards.checkpoint:q} --settings {params.settings:q}"
-        " --latents {input.latents:q} {params.init} {params.pixels} {params.encoder} {params.batch} --out {output.weights:q}"
+        " --latents {input.latents:q} {params.init} {params.pixels} {params.encoder} {params.autoencoder}"
+        " {params.batch} --out {output.weights:q}"
         " --tensorboard logs/tensorboard/{wildcards.checkpoint:q}"
         " --log {log:q}"
 
