@@ -132,7 +132,10 @@ def test_repas_protocol_from_file_to_pixels(copy):
             {
                 "datasets": {"imagenet-256": {"num_classes": 1000}},
                 "checkpoints": {"golden": {"weights": entry}},
-                "samplers": {"repa-sde250-cfg1.8": {"num_steps": steps, "num_images": count, "seed": seed}},
+                "samplers": {
+                    "repa-sde250-cfg1.8": {"num_steps": steps, "num_images": count, "seed": seed},
+                    "rae-euler50": {"num_images": 1000},  # a multiple of the classes
+                },
             }
         )
     )
