@@ -138,11 +138,11 @@ def test_tables_of_the_paper_say_what_is_quoted_and_what_was_not_run() -> None:
         measured = [row for row in CONFIG.tables[name].rows if not row.quoted]
         for label in quoted:
             assert f"- **{label}**: the paper's number, quoted; not reproduced here" in text
-        assert len(measured) >= 4
+        assert len(measured) >= 3
         for row in measured:
             line = next(line for line in text.splitlines() if line.startswith(f"| {row.label} |"))
             assert line.count("–") == line.count("|") - 2, "nothing was measured"
-            assert all(f"(paper {number:.2f})" in line for number in (row.paper or ())[:1])
+            assert all(f"(paper {number:.2f})" in line for number in (row.paper or ())[:1] if number)
             (remark,) = (line for line in text.splitlines() if line.startswith(f"- **{row.label}**: "))
             assert "not run yet" in remark
             assert (row.tolerance is None) == ("tolerance" not in remark)
