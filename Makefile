@@ -6,14 +6,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 SHELL := /bin/bash
 
-.PHONY: setup demo rehearsal test lint bench clean help
+.PHONY: setup demo rehearsal test lint bench clean help image image-test cluster-test
 
 help:
 	@echo "make demo   handwritten digits through the whole pipeline: a MixFlow table and figures in minutes"
 	@echo "make rehearsal   the ImageNet tables in miniature: every rule on small random stand-ins, in folder rehearsal/"
 	@echo "make test   unit, golden and end-to-end tests (FAST=1 leaves out the slow ones)"
 	@echo "make lint   ruff, mypy, snakefmt, snakemake --lint"
+	@echo "make cluster-test   kills and cuts on a Slurm cluster of this machine, thrown away at the end (docs/reliability.md)"
 	@echo "make bench  speed, each as a ratio against a named baseline"
+	@echo "make image  the container image (docs/container.md); make image-test checks it as any user, read-only, offline"
 	@echo "make clean  remove what runs left behind (results/, scratch/, logs/)"
 
 # The stamp is younger than the lock exactly when the environment matches it.
@@ -63,6 +65,26 @@ bench: setup
 	python benchmarks/training_step.py
 	python benchmarks/image_to_step.py
 	python benchmarks/loader.py
+
+# DOCKER is the engine's command, IMAGE the name to build, BASE another image to build on, BUILD_FLAGS more for `docker build`.
+DOCKER ?= docker
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+IMAGE ?= localhost/mixflow:$(VERSION)
+# The host's certificates, as a build secret: behind a proxy that signs anew, nothing can be installed without them.
+CERTIFICATES := $(wildcard /etc/ssl/certs/ca-certificates.crt)
+
+image:
+	DOCKER_BUILDKIT=1 $(DOCKER) build --file docker/Dockerfile --tag $(IMAGE) $(if $(BASE),--build-arg BASE=$(BASE)) \
+	  --build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git describe --always --abbrev=40 --dirty --exclude='*' || echo unknown) \
+	  $(CERTIFICATES:%=--secret id=ca,src=%) $(BUILD_FLAGS) .
+
+image-test:
+	@if $(DOCKER) info >/dev/null 2>&1; then $(MAKE) image && DOCKER=$(DOCKER) tests/image/check.sh $(IMAGE); \
+	else echo "image-test skipped: no container engine answers '$(DOCKER) info'"; fi
+
+# CLUSTER_TEST="--times 3 --write docs/reliability.md" makes the table of that page.
+cluster-test: setup
+	python -m tests.cluster.faults $(CLUSTER_TEST)
 
 clean:
 	rm -rf rehearsal results/downloads results/latents results/checkpoints results/extractors results/references results/samples results/metrics \

@@ -1,5 +1,7 @@
 # MixFlow training, stage by stage: cached latents -> post-training -> samples -> metrics -> tables.
 # `snakemake -c2` makes the digits table; `snakemake TABLE` any other; any file under results/ can be asked for by name.
+import os
+
 from snakemake.utils import min_version
 
 min_version("9.20")
@@ -17,6 +19,10 @@ include: "workflow/rules/common.smk"
 
 # Used with `--sdm apptainer` only; without it the jobs run in the environment that snakemake runs in.
 container: settings.image
+
+
+# Its jobs record which image it was, though their environment is a clean one otherwise.
+os.environ.update(APPTAINERENV_MIXFLOW_IMAGE_DIGEST=settings.image)
 
 
 include: "workflow/rules/downloads.smk"

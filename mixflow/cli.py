@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,27 +20,52 @@ from mixflow.runtime import paths
 from mixflow.runtime.errors import UserError
 
 EXIT_USER_ERROR = 2
+SECONDS_TO_SPEAK = 5.0
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one verb. Exit codes: 0 done, 2 the user can mend it, 75 saved but unfinished (run it again), 1 a bug."""
     options = _parser().parse_args(arguments)
+    from mixflow.runtime.files import disk_error, write_errors
     from mixflow.runtime.progress import log, start_logging
     from mixflow.runtime.stopping import EXIT_UNFINISHED, Unfinished
 
-    start_logging(getattr(options, "log", None), quiet=int(os.environ.get("RANK", "0")) > 0)
+    quiet, file = int(os.environ.get("RANK", "0")) > 0, getattr(options, "log", None)
+    start_logging(None, quiet)
     try:
+        if file is not None:
+            with write_errors(Path(file)):
+                start_logging(file, quiet)
         options.run(options)
     except UserError as error:
+        if quiet:
+            _wait_for_the_first_process(file)
         log.error("%s", error)
         sys.exit(EXIT_USER_ERROR)
     except Unfinished as error:
         log.warning("%s: run the same command again to continue", error)
         sys.exit(EXIT_UNFINISHED)
-    except Exception:
+    except Exception as error:
+        if quiet:
+            _wait_for_the_first_process(file)
+        if (told := disk_error(error)) is not None:
+            log.error("%s", told)
+            sys.exit(EXIT_USER_ERROR)
         # The traceback belongs in the log file too; the interpreter prints it once more on the terminal.
         log.exception("this is a bug in mixflow, or in what it builds on")
         sys.exit(1)
+
+
+def _wait_for_the_first_process(file: str | None) -> None:
+    """Of several processes the first says what is wrong; the launcher then ends the others, or else they say it too.
+
+    Without it the launcher may end the first for the failure of a quiet one, and nothing is said at all.
+    """
+    from mixflow.runtime.progress import start_logging
+
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(SECONDS_TO_SPEAK)
+    start_logging(file)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -130,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.epilog = (
         "A sample file of the pipeline, results/samples/CHECKPOINT/SAMPLER/samples.npz, needs no further option: "
         "config.yaml says what it is compared with. For any other give --reference. Several SAMPLES, from disjoint "
-        "seeds, give mean, spread and minimum. On several GPUs: torchrun --standalone --nproc-per-node N -m mixflow "
+        "seeds, give mean, spread and minimum. On several GPUs: torchrun --standalone --nproc-per-node N -m -- mixflow "
         "evaluate ... docs/evaluation.md says which numbers are equal to whose."
     )
     verb.add_argument(
@@ -186,9 +213,27 @@ def _parser() -> argparse.ArgumentParser:
     _settings(verb)
     verb.add_argument("--out", type=Path, help="list of the files to write")
 
-    verb = _verb(verbs, "plan", _plan, "say what tables need before anything runs: jobs, downloads, disk")
-    verb.add_argument("tables", nargs="+", metavar="TABLE", help="tables of config.yaml; paper: all of the paper's")
+    verb = _verb(verbs, "plan", _plan, "say what targets cost before anything runs: jobs, time, downloads, disk")
+    verb.add_argument(
+        "targets", nargs="+", metavar="TARGET",
+        help="tables of config.yaml; paper: all of the paper's; paths below results/",
+    )  # fmt: skip
+    verb.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs to be had (default %(default)s)")
+    verb.add_argument("--cores", type=int, metavar="N", help="CPU cores to be had (default: those of this machine)")
+    verb.add_argument(
+        "--tflops", type=float, default=100.0, metavar="RATE",
+        help="assumed of a GPU in TF32 where nothing was measured, in 10^12 a second (default %(default)s)",
+    )  # fmt: skip
+    verb.add_argument("--from-scratch", action="store_true", help="count what is made already, too")
     _configs(verb)
+
+    verb = _verb(verbs, "where", _where, "say where a table's cells come from: files, state, entries, command")
+    verb.add_argument("table", metavar="TABLE", help="table of config.yaml")
+    verb.add_argument("row", nargs="?", metavar="ROW", help="row of it (default: all)")
+    _configs(verb)
+
+    verb = _verb(verbs, "status", _status, "say how far running and stopped work is, from its files in scratch/")
+    verb.add_argument("--scratch", type=Path, default=Path("scratch"), metavar="FOLDER", help="resume state")
 
     verb = _verb(verbs, "inspect", _inspect, "say what a weights file, latent cache, sample file or result is")
     verb.add_argument("file", type=Path, nargs="+", metavar="FILE")
@@ -249,6 +294,14 @@ def _config(options: argparse.Namespace) -> Any:
     from mixflow.config import load_config
 
     return load_config(*options.config)
+
+
+def _say(text: str) -> None:
+    """Print an answer, of which the reader (`head`) may want no more than the beginning."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
 
 
 def _existing(path: Path, what: str) -> Path:
@@ -587,11 +640,32 @@ def _table_preview(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     config = _config(options)
+    for name, least in (("gpus", 0), ("cores", 1)):
+        if (value := getattr(options, name)) is not None and value < least:
+            raise UserError(f"--{name} {value} is too few: give at least {least}")
+    if not options.tflops > 0:
+        raise UserError(f"--tflops {options.tflops:g} is no rate: give a number above 0")
 
-    from mixflow.stages.plan import Plan, render
+    from mixflow.stages.costs import Machine
+    from mixflow.stages.plan import Plan, default_cores, render
 
-    names = [name for given in options.tables for name in (config.paper_tables() if given == "paper" else [given])]
-    print(render(Plan(config, names), names))
+    machine = Machine(options.gpus, options.cores or default_cores(), options.tflops)
+    plan = Plan(config, options.targets, root=None if options.from_scratch else Path())
+    _say(render(plan, options.targets, machine))
+
+
+def _where(options: argparse.Namespace) -> None:
+    config = _config(options)
+
+    from mixflow.stages.where import Where, render
+
+    _say(render(Where(config, options.table), options.row, options.config))
+
+
+def _status(options: argparse.Namespace) -> None:
+    from mixflow.stages.status import pieces, render
+
+    _say(render(pieces(options.scratch), options.scratch))
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -5,7 +5,8 @@ absent are None and left out of slices, so that adding an optional key never mak
 `python -m mixflow.config --write-schema` regenerates the JSON schema for editors.
 
 Each file imports only from those before it; `Config` is the argument of the checks and slices, by annotation alone:
-values, samplers, sources, networks, entries; checks, slices; resolved (`Config`); messages, loading; files, schema.
+values, samplers, costs, sources, networks, entries; checks, slices; resolved (`Config`); messages, loading; files,
+schema.
 """
 
 from mixflow.config.entries import CLASSIFIER_METRICS, INCEPTION_METRICS, Pair, Train

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import Field, model_validator
 
+from mixflow.config import costs
 from mixflow.config.networks import Model
 from mixflow.config.values import (
     LIST,
@@ -58,6 +60,10 @@ class Encoder(Entry):
     kind: Literal["dinov2"]
     download: str
     num_features: Count
+
+    def flops(self, patches: int) -> int:
+        """Return the FLOPs of a forward pass on an image of so many patches."""
+        return costs.dinov2(self.num_features, patches)
 
 
 class Train(Entry):
@@ -195,6 +201,14 @@ class Classifier(Entry):
         """Return what shapes the features, apart from how the network was trained."""
         return {"kind": self.kind, "width": self.width, "num_features": self.num_features}
 
+    def flops(self, channels: int, resolution: int) -> int:
+        """Return the FLOPs of a forward pass on an image, without the few of its head."""
+        widths, total = (channels, (self.width + 1) // 2, self.width, 2 * self.width), 0
+        for inputs, outputs in pairwise(widths):
+            resolution = (resolution + 1) // 2
+            total += costs.linear(resolution**2, 9 * inputs, outputs)
+        return total + costs.linear(1, 2 * self.width, self.num_features)
+
 
 class Inception(Entry):
     """The Inception network of 2015-12-05, as in OpenAI's ADM evaluator; the file is torch-fidelity's."""
@@ -211,6 +225,14 @@ class Inception(Entry):
         """Return what shapes the features."""
         return {"kind": self.kind, "tf32": self.tf32}
 
+    def flops(self, channels: int, resolution: int) -> int:
+        """Return the FLOPs of a forward pass on an image."""
+        return costs.INCEPTION_FLOPS
+
+    def num_parameters(self) -> int:
+        """Return how many numbers its file holds."""
+        return costs.INCEPTION_PARAMETERS
+
 
 class DINOv2(Entry):
     """The class token of a DINOv2 without registers, on images of 224 pixels: ViT-L/14 for FD-DINOv2."""
@@ -226,6 +248,14 @@ class DINOv2(Entry):
     def network(self) -> dict[str, Any]:
         """Return what shapes the features."""
         return {"kind": self.kind}
+
+    def flops(self, channels: int, resolution: int) -> int:
+        """Return the FLOPs of a forward pass on an image."""
+        return costs.dinov2(self.num_features, (224 // costs.DINOV2_PATCH) ** 2)
+
+    def num_parameters(self) -> int:
+        """Return how many numbers its file holds."""
+        return costs.dinov2_parameters(self.num_features)
 
 
 Extractor = Annotated[Classifier | Inception | DINOv2, Field(discriminator="kind")]

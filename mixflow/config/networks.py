@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, TypeAdapter, model_validator
 
+from mixflow.config import costs
 from mixflow.config.values import LIST, BelowOne, Count, Entry, Flag, from_text
 from mixflow.runtime.errors import UserError, did_you_mean
 
@@ -87,6 +88,18 @@ class Backbone(Entry):
         blocks = self.depth * (attention + mlp + _linear(width, 6 * width))
         return embedders + tables + blocks + _linear(width, 2 * width) + _linear(width, patch * head_channels)
 
+    def flops(self, channels: int, size: int) -> int:
+        """Return the FLOPs of a forward pass on an image's latents [channels, size, size], as in mixflow.config.costs.
+
+        Of a head that learns sigma only the velocity's half is computed.
+        """
+        width, patch = self.hidden_size, channels * self.patch_size**2
+        tokens = (size // self.patch_size) ** 2
+        ends = costs.linear(tokens, patch, width) + costs.linear(tokens, width, patch)
+        time = costs.linear(1, TIME_FEATURES, width) + costs.linear(1, width, width)
+        modulations = costs.linear(1, width, (6 * self.depth + 2) * width)
+        return ends + time + modulations + costs.vit(tokens, width, self.depth, 4 * width)
+
 
 class SiT(Backbone):
     """A SiT network (arXiv 2401.08740)."""
@@ -117,6 +130,12 @@ class REPA(Backbone):
             for width in self.z_dims
         )
         return self._num_parameters(channels, size, num_classes, channels) + self.depth * norms + projectors
+
+    def projector_flops(self, size: int) -> int:
+        """Return the FLOPs of the projectors on latents [channels, size, size]; only training with alignment asks."""
+        tokens, hidden = (size // self.patch_size) ** 2, self.projector_dim
+        layers = ((self.hidden_size, hidden), (hidden, hidden))
+        return sum(costs.linear(tokens, *layer) for width in self.z_dims for layer in (*layers, (hidden, width)))
 
     @model_validator(mode="after")
     def _aligned_block(self) -> REPA:
@@ -172,5 +191,29 @@ class DiTDH(Entry):
             blocks += depth * (2 * width + attention + swiglu + _linear(width, 6 * width))
         return embedders + time + tables + bridge + blocks + head + _linear(head, 2 * head) + _linear(head, channels)
 
+    def flops(self, channels: int, size: int) -> int:
+        """Return the FLOPs of a forward pass on an image's latents [channels, size, size], as in mixflow.config.costs.
+
+        The trunk is modulated once an image, the head token by token.
+        """
+        trunk, head, tokens = *self.hidden_size, size**2
+        ends = costs.linear(tokens, channels, trunk) + 2 * costs.linear(tokens, channels, head)
+        time = costs.linear(1, 2 * TIME_FEATURES, trunk) + costs.linear(1, trunk, trunk)
+        bridge = costs.linear(tokens, trunk, head) if trunk != head else 0
+        modulations = costs.linear(tokens, head, 2 * head)
+        blocks = 0
+        for width, depth, modulated in zip(self.hidden_size, self.depth, (1, tokens), strict=True):
+            swiglu = 3 * costs.linear(tokens, width, int(2 / 3 * 4 * width))
+            modulations += depth * costs.linear(modulated, width, 6 * width)
+            blocks += depth * (costs.attention(tokens, width) + swiglu)
+        return ends + time + bridge + modulations + blocks
+
 
 Model = Annotated[SiT | REPA | DiTDH, Field(discriminator="family")]
+_MODEL: TypeAdapter[SiT | REPA | DiTDH] = TypeAdapter(Model)
+
+
+def network_flops(options: Mapping[str, Any]) -> int:
+    """Return the FLOPs of a forward pass from a network's options, as slices and run records hold them."""
+    own = {key: value for key, value in options.items() if key not in ("input_size", "in_channels", "num_classes")}
+    return _MODEL.validate_python(own).flops(options["in_channels"], options["input_size"])

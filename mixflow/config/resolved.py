@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from mixflow.config.entries import Checkpoint, Encoder, Extractor, Pair, Reference, Row, Table
+from mixflow.config.networks import network_flops
 from mixflow.config.samplers import Sampler
 from mixflow.config.slices import SLICES
 from mixflow.config.sources import Autoencoder, Dataset, Download, Latents, StandIns
@@ -120,6 +121,10 @@ class Config(Entry):
     def num_parameters(self, checkpoint: str) -> int:
         """Return how many numbers a checkpoint's weights hold."""
         return self.get("checkpoints", checkpoint).origin.model.num_parameters(*self._sizes(checkpoint))
+
+    def flops(self, checkpoint: str) -> int:
+        """Return the FLOPs of a forward pass of a checkpoint's network on one image."""
+        return network_flops(self.network_options(checkpoint))
 
     def _sizes(self, checkpoint: str) -> tuple[int, int, int]:
         """Return (channels, size, classes) that latents and dataset decide."""

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from mixflow.config import costs
 from mixflow.config.values import LIST, Count, Entry, Flag, Positive, Seed, Sha256
 from mixflow.runtime.errors import UserError, did_you_mean
 
@@ -60,7 +61,8 @@ class StandIns(Entry):
 
 
 Use = Literal["encode", "latents", "decode"]  # pixels -> stored; stored -> latents; latents -> pixels
-HALF_PRECISION = 2  # bytes
+HALF_PRECISION, FULL_PRECISION = 2, 4  # bytes
+NUM_REGISTERS = 4
 NUM_DIGITS = 1797
 
 # --- datasets, autoencoders, latents ---------------------------------------------------------------------------------
@@ -133,6 +135,14 @@ class Pixels(Entry):
         """Return what a cache keeps of an image: its pixels."""
         return dataset.num_channels * dataset.resolution**2
 
+    def flops(self, use: Use, dataset: Dataset) -> int:
+        """Return the FLOPs of this use on an image: none."""
+        return 0
+
+    def file_bytes(self, role: str, dataset: Dataset) -> int:
+        """Return the size of one of its files: there are none."""
+        return 0
+
 
 class SDVAE(Entry):
     """Stable Diffusion's autoencoder (diffusers' AutoencoderKL): 4 channels, 8 times smaller."""
@@ -159,6 +169,17 @@ class SDVAE(Entry):
     def bytes_per_image(self, dataset: Dataset, mirrors: bool | None) -> int:
         """Return what a cache keeps of an image: mean and log-variance of both mirror images, in half precision."""
         return 2 * 2 * self.channels * self.latent_shape(dataset)[1] ** 2 * HALF_PRECISION
+
+    def flops(self, use: Use, dataset: Dataset) -> int:
+        """Return the FLOPs of this use on an image (to encode: on it or its mirror image), for the released sizes."""
+        pixels, latents = dataset.resolution**2, self.latent_shape(dataset)[1] ** 2
+        if use == "encode":
+            return costs.sd_vae_encoder(pixels, latents)
+        return costs.sd_vae_decoder(pixels, latents) if use == "decode" else 0
+
+    def file_bytes(self, role: str, dataset: Dataset) -> int:
+        """Return about how large the released file is."""
+        return FULL_PRECISION * costs.SD_VAE_PARAMETERS
 
 
 class RAE(Entry):
@@ -206,6 +227,23 @@ class RAE(Entry):
     def bytes_per_image(self, dataset: Dataset, mirrors: bool | None) -> int:
         """Return what a cache keeps of an image: its tokens, perhaps those of the mirror image too."""
         return (2 if mirrors else 1) * self.channels * self.latent_shape(dataset)[1] ** 2 * HALF_PRECISION
+
+    def flops(self, use: Use, dataset: Dataset) -> int:
+        """Return the FLOPs of this use on an image, for DINOv2 with registers and RAE's ViT-XL decoder."""
+        tokens = self.latent_shape(dataset)[1] ** 2
+        if use == "encode":
+            return costs.dinov2(self.channels, tokens, prefix=1 + NUM_REGISTERS, patch=self.encoder_patch)
+        return costs.rae_decoder(self.channels, tokens) if use == "decode" else 0
+
+    def file_bytes(self, role: str, dataset: Dataset) -> int:
+        """Return about how large the released file of a role is."""
+        tokens = self.latent_shape(dataset)[1] ** 2
+        numbers = {
+            "encoder": costs.dinov2_parameters(self.channels),
+            "decoder": costs.rae_decoder_parameters(self.channels, tokens),
+            "statistics": 2 * self.channels * tokens,
+        }
+        return FULL_PRECISION * numbers[role]
 
 
 class Latents(Entry):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mixflow.runtime.errors import UserError
+from mixflow.runtime.progress import KeptLog
 
 
 @contextlib.contextmanager
@@ -34,9 +35,26 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
             _fsync_folder(path.parent)
-        except BaseException:
+        except BaseException as error:
+            full = None if isinstance(error, OSError | UserError) else _no_more_room(temporary)
             temporary.unlink(missing_ok=True)
+            if isinstance(error, Exception) and full is not None:
+                raise full from error
             raise
+
+
+def _no_more_room(path: Path) -> OSError | None:
+    """Return why a file that was begun cannot grow: torch and safetensors say of a full disk what is no OSError."""
+    if not path.exists():
+        return None
+    try:
+        with open(path, "ab") as file:
+            file.write(bytes(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error
+    return None
 
 
 @contextlib.contextmanager
@@ -45,25 +63,58 @@ def write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free_mib = shutil.disk_usage(path.parent).free >> 20
-            raise UserError(
-                f"'{path}' could not be written because the disk is full ({free_mib} MiB free): make room and run "
-                "the same command again"
-            ) from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise UserError(
-                f"'{path}' could not be written ({error.strerror}): make '{path.parent}' writable and run the same "
-                "command again"
-            ) from error
-        raise
+        if (told := write_error(error, path)) is None:
+            raise
+        raise told from error
+
+
+def write_error(error: OSError, path: Path) -> UserError | None:
+    """Return what to tell the user of an error while writing `path`, None where it is not for the user to mend."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free_mib = free_bytes(path.parent) >> 20
+        return UserError(
+            f"'{path}' could not be written because the disk is full ({free_mib} MiB free): make room and run the same "
+            "command again"
+        )
+    if error.errno == errno.EFBIG:
+        return UserError(
+            f"'{path}' could not be written because files may not be that large here: raise the limit (ulimit -f "
+            "unlimited) and run the same command again"
+        )
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return UserError(
+            f"'{path}' could not be written ({error.strerror}): make '{path.parent}' writable and run the same command "
+            "again"
+        )
+    return None
+
+
+def disk_error(error: Exception) -> UserError | None:
+    """Return what to tell of a full or read-only disk that was met where nothing looked out for it, None for others."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        return write_error(error, Path(error.filename or "a file"))
+    return None
+
+
+def require_writable(folder: Path) -> None:
+    """Raise `UserError` where nothing can be written in a folder, which need not exist yet: better before the work."""
+    existing = _existing_folder(folder)
+    with write_errors(folder / "run.json"):
+        if os.statvfs(existing).f_flag & os.ST_RDONLY:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def free_bytes(folder: Path) -> int:
     """Return what may still be written below `folder`, which need not exist yet."""
+    return shutil.disk_usage(_existing_folder(folder)).free
+
+
+def _existing_folder(folder: Path) -> Path:
     while not folder.exists():
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return folder
 
 
 def _umask() -> int:
@@ -109,16 +160,21 @@ class WorkFolder:
 
     `key` hashes everything that decides the result, so that state of other settings is never picked up. The folder is
     locked while in use: a second process with the same work waits, for instance when the head process was killed but
-    the trainer it had started lives on. `remove()` on success.
+    the trainer it had started lives on. `log.txt` in it tells what every attempt logged. `remove()` on success.
     """
 
     def __init__(self, root: str | os.PathLike[str], stage: str, name: str, key: str) -> None:
         self.path = Path(root) / stage / name / key
         self._lock_path = self.path.with_name(key + ".lock")
         self._lock: IO[str] | None = None
+        self._log: KeptLog | None = None
 
     def open(self) -> Path:
         """Create the folder, take its lock (waiting for a holder that is still alive), and return its path."""
+        with write_errors(self.path):
+            return self._open()
+
+    def _open(self) -> Path:
         while True:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -145,10 +201,11 @@ class WorkFolder:
         lock.flush()
         self._lock = lock
         self.path.mkdir(exist_ok=True)
+        self._log = KeptLog(self.path / "log.txt")
         return self.path
 
     def close(self) -> None:
-        """Give the lock back, keep the state."""
+        """Give the lock back, keep the state. What is logged later, why work stopped, still goes to its log."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -157,6 +214,8 @@ class WorkFolder:
         """Remove the state after success, and the lock with it (by the process that opened it)."""
         if self._lock is None:
             return
+        if self._log is not None:
+            self._log.close()
         shutil.rmtree(self.path, ignore_errors=True)
         self._lock_path.unlink(missing_ok=True)
         self.close()

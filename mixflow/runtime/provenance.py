@@ -85,10 +85,17 @@ def peak_memory_mib() -> dict[str, int]:
 
 
 def code_version() -> dict[str, Any]:
-    """Commit, whether files differ from it, the image digest where there is one, and package versions."""
+    """Commit, whether files differ from it, the image digest where there is one, and package versions.
+
+    An image has no history: its build writes what `git describe --dirty` says into COMMIT beside the package.
+    """
+    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+    built_from = Path(__file__).parents[2] / "COMMIT"
+    if built_from.exists():
+        commit, _, changes = built_from.read_text(encoding="utf-8").strip().partition("-")
     return {
-        "commit": os.environ.get("MIXFLOW_COMMIT") or _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": commit,
+        "dirty": bool(changes),
         "image": os.environ.get("MIXFLOW_IMAGE_DIGEST"),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},

@@ -100,7 +100,8 @@ def cache_latents(
         if missing:
             _check_room(settings, codec, missing[0].images.shape, num_images, num_missing, out.parent)
         accelerator.wait_for_everyone()  # all have looked before anyone writes
-        progress = Progress(name, num_images, "image", num_images - num_missing)
+        folder = work.path if accelerator.is_main_process else None
+        progress = Progress(name, num_images, "image", num_images - num_missing, folder=folder)
         if 0 < num_missing < num_images:
             log.info("%s: %d of %d shards are there already", name, len(shards) - len(missing), len(shards))
 

@@ -96,7 +96,8 @@ def seen(
             mine_total = sum(parts.end(start) - start for start in mine)
             factor = processes.num_processes
             done = len(images) - sum(parts.end(start) - start for start in missing)
-            progress = Progress(name, done + factor * mine_total, "image", done=done)
+            folder = work.path if processes.is_main_process else None
+            progress = Progress(name, done + factor * mine_total, "image", done=done, folder=folder)
             look(
                 images,
                 extractor.load(processes.device) if mine else _nothing,

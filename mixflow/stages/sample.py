@@ -17,7 +17,7 @@ from mixflow.config import slice_key
 from mixflow.flow import INTERPOLANTS
 from mixflow.runtime.devices import start_accelerator
 from mixflow.runtime.errors import UserError
-from mixflow.runtime.files import WorkFolder
+from mixflow.runtime.files import WorkFolder, require_writable
 from mixflow.runtime.npz import NpzWriter
 from mixflow.runtime.progress import Progress, log
 from mixflow.runtime.provenance import RunRecord
@@ -45,6 +45,7 @@ def run(
     """Sample as the slice `sample` of the config says; running it again after any interruption continues."""
     sampler = settings["sampler"]
     _check_guide_is_named(settings, guide)
+    require_writable(out.parent)
     files = autoencoder_files(autoencoder)
     guides = {} if guide is None else {"guide": guide}
     record = RunRecord("sample", settings, {"weights": weights, **guides, **files})
@@ -81,9 +82,11 @@ def run(
         accelerator.wait_for_everyone()  # all have read the same flags before the first sets more
 
         # Batches are aligned to multiples of `batch`, so that a resumed run has the batches of an undisturbed one.
-        starts = [start for start in range(0, num_images, batch) if not done[start : start + batch].all()]
+        batches = range(0, num_images, batch)
+        starts = [start for start in batches if not done[start : start + batch].all()]
         mine = starts[accelerator.process_index :: accelerator.num_processes]
-        progress = Progress(name, len(starts), "batch")
+        folder = work.path if accelerator.is_main_process else None
+        progress = Progress(name, len(batches), "batch", len(batches) - len(starts), folder=folder)
         sampled = 0
         with BackgroundWriter(archive, codec, sampler["to_uint8"], device) as writer:
             for start in mine:

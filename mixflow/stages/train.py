@@ -21,8 +21,8 @@ from mixflow.models import REPA, VelocityNetwork, build_model, check_projectors,
 from mixflow.runtime.devices import start_accelerator
 from mixflow.runtime.downloads import downloaded_file
 from mixflow.runtime.errors import UserError
-from mixflow.runtime.files import WorkFolder, write_json
-from mixflow.runtime.progress import log
+from mixflow.runtime.files import WorkFolder, require_writable, write_json
+from mixflow.runtime.progress import last_sign, log
 from mixflow.runtime.provenance import RunRecord
 from mixflow.runtime.seeds import Stream, normal, uniform
 from mixflow.runtime.stopping import StopRequest
@@ -52,6 +52,7 @@ def run(
     recipe = settings["train"]
     name = settings["checkpoint"]
     files = _autoencoder_files(settings, autoencoder)
+    require_writable(out.parent)
     parents = {"latents": latents, "init": init, "pixels": pixels}
     if encoder is not None:
         parents["encoder"] = downloaded_file(encoder)
@@ -123,8 +124,15 @@ def run(
         losses = out.parent / "losses.json"
         write_json(losses, history)
         save_model(out, ema, {"family": recipe["model"]["family"], **network.options})
-        images = recipe["num_steps"] * recipe["batch_size"]
-        record.write(out.parent / "run.json", [out, losses], images=images, final_loss=history["loss"][-1])
+        sign = last_sign(work.path) or {"first": 0, "images_per_second": None}
+        record.write(
+            out.parent / "run.json",
+            [out, losses],
+            images=recipe["num_steps"] * recipe["batch_size"],
+            images_this_attempt=(recipe["num_steps"] - sign["first"]) * recipe["batch_size"],
+            images_per_second=sign["images_per_second"],
+            final_loss=history["loss"][-1],
+        )
         work.remove()
         log.info("%s: weights in %s", name, out)
     if writer is not None:

@@ -99,7 +99,8 @@ def train(
     wrapped = accelerator.prepare_model(network)
     parameters = list(network.parameters())
     world = accelerator.num_processes
-    progress = Progress(name, recipe.num_steps, "step", first_step)
+    folder = resume_file.parent if accelerator.is_main_process else None
+    progress = Progress(name, recipe.num_steps, "step", first_step, folder=folder)
     last_save, save_seconds = time.monotonic(), 0.0
 
     def save(step: int) -> None:

@@ -50,12 +50,76 @@ def one_of(names):
     return "|".join(re.escape(name) for name in names) or "(?!)"
 
 
+# --- what a job asks for
+
+
+def on_digits(wildcards):
+    """Whether a job works on digits, which a CPU does in minutes. ImageNet takes GPUs, much memory, and long."""
+    if "checkpoint" in wildcards.keys():
+        latents = settings.latents_of(wildcards.checkpoint)
+    elif "reference" in wildcards.keys():
+        latents = settings.get("references", wildcards.reference).latents
+    else:
+        latents = wildcards.latents
+    return latents is not None and settings.dataset_of(latents).kind == "digits"
+
+
+def sized(digits, imagenet):
+    """A function of resources: what a job on digits asks for, or one on ImageNet."""
+    return lambda wildcards: digits if on_digits(wildcards) else imagenet
+
+
+def gpus(imagenet):
+    """A function of resources: the GPUs of a job on a cluster. Elsewhere all, as `--resources gpu=N` counts them.
+
+    One machine shows every job the same GPUs, so there one job takes all of them, and none where none are counted.
+    """
+
+    def count(wildcards):
+        if on_digits(wildcards):
+            return 0
+        # Jobs are counted on a cluster (also in a dry run with its profile), cores elsewhere.
+        if workflow.remote_exec or workflow.resource_settings.nodes is not None:
+            return imagenet
+        here = workflow.global_resources.get("gpu")
+        return 0 if here is None else here.value or 0
+
+    return count
+
+
+def encoding_gpus(wildcards):
+    """Pixels are cached as they are: that is the work of CPUs."""
+    if settings.autoencoder_of(wildcards.latents).kind == "pixels":
+        return 0
+    return gpus(8)(wildcards)
+
+
+def asked_gpus(resources):
+    """The GPUs of a job, whichever way a cluster wants to be asked: gpu=8, or gres="gpu:8"."""
+    gres = resources.get("gres") or ""
+    if gres.startswith("gpu"):
+        return int(gres.rpartition(":")[2]) if gres[-1].isdigit() else 1
+    return resources.get("gpu", 0)
+
+
 def launcher(wildcards, resources):
-    """One process, or one per GPU of the node. A result does not depend on it."""
-    gpus = resources.get("gpu", 0)
-    if gpus > 1:
-        return f"torchrun --standalone --nproc-per-node {gpus} -m mixflow"
-    return "python -m mixflow"
+    """One process, or one per GPU of the node, or `--set-resources RULE:processes=N`. No result depends on it.
+
+    `exec`: a signal then reaches Python itself, not a shell that dies of it and takes the job along. `--`: what follows
+    are our options, of which torchrun would take --log for one of its own, cut short.
+    """
+    processes = resources.get("processes") or asked_gpus(resources)
+    if processes > 1:
+        return f"exec torchrun --standalone --nproc-per-node {processes} -m -- mixflow"
+    return "exec python -m mixflow"
+
+
+def limits(wildcards, resources):
+    """Flags of a job that can be continued: stop before a cluster's time limit, and at once without its GPUs."""
+    flags = [f"--gpus {asked_gpus(resources)}"] if asked_gpus(resources) else []
+    if workflow.remote_exec:
+        flags.append(f"--time-budget {resources.runtime}")
+    return " ".join(flags)
 
 
 def rows_per_pass(flag):

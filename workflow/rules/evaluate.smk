@@ -28,14 +28,19 @@ rule make_reference:
     log:
         "logs/make_reference/{reference}.log",
     resources:
-        mem_mb=8000,
-        runtime=240,
+        gpu=gpus(1),
+        cpus_per_gpu=8,
+        nodes=1,
+        mem_mb=sized(digits=8000, imagenet=64000),
+        runtime=sized(digits=60, imagenet=480),
     params:
         settings=slice_of("make_reference", "reference"),
         launch=launcher,
+        limits=limits,
     shell:
         "{params.launch} make-reference {wildcards.reference:q} --settings {params.settings:q}"
-        " --source {input.source:q} --extractor {input.extractor:q} --out {output.reference:q} --log {log:q}"
+        " --source {input.source:q} --extractor {input.extractor:q}"
+        " {params.limits} --out {output.reference:q} --log {log:q}"
 
 
 # Features of finished parts lie in scratch/, so that a killed job goes on where it was.
@@ -51,15 +56,19 @@ rule evaluate:
         "logs/evaluate/{checkpoint}/{sampler}.log",
     threads: 1
     resources:
-        mem_mb=8000,
-        runtime=60,
+        gpu=gpus(1),
+        cpus_per_gpu=8,
+        nodes=1,
+        mem_mb=sized(digits=8000, imagenet=64000),
+        runtime=sized(digits=60, imagenet=240),
     params:
         settings=slice_of("evaluate", "checkpoint", "sampler"),
         launch=launcher,
+        limits=limits,
     shell:
         "{params.launch} evaluate {input.samples:q} --settings {params.settings:q}"
         " --reference {input.reference:q} --extractor {input.extractor:q}"
-        " --out {output.metrics:q} --log {log:q}"
+        " {params.limits} --out {output.metrics:q} --log {log:q}"
 
 
 # The same samples against a further reference of their dataset, seen by another network.
@@ -72,3 +81,4 @@ use rule evaluate as evaluate_further with:
     params:
         settings=slice_of("evaluate", "checkpoint", "sampler", "reference"),
         launch=launcher,
+        limits=limits,

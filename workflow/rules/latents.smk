@@ -8,17 +8,21 @@ rule cache_latents:
     log:
         "logs/cache_latents/{latents}.log",
     # JPEGs are read by threads; Snakemake takes fewer where there are fewer.
-    threads: 16
+    threads: sized(digits=1, imagenet=16)
     resources:
-        mem_mb=8000,
-        runtime=1440,
+        gpu=encoding_gpus,
+        cpus_per_gpu=8,
+        nodes=1,
+        mem_mb=sized(digits=4000, imagenet=128000),
+        runtime=sized(digits=30, imagenet=1440),
     params:
         settings=slice_of("cache_latents", "latents"),
         launch=launcher,
+        limits=limits,
         batch=rows_per_pass("--batch"),
         images=folder_of_images,
         autoencoder=autoencoder_option(own_latents, "encode"),
     shell:
         "{params.launch} cache-latents {wildcards.latents:q} --settings {params.settings:q}"
-        " {params.images} {params.autoencoder} {params.batch} --workers {threads}"
+        " {params.images} {params.autoencoder} {params.batch} {params.limits} --workers {threads}"
         " --out {output.index:q} --log {log:q}"

@@ -11,14 +11,19 @@ rule sample:
         "logs/sample/{checkpoint}/{sampler}.log",
     threads: 1
     resources:
-        mem_mb=4000,
-        runtime=60,
+        gpu=gpus(8),
+        cpus_per_gpu=8,
+        nodes=1,
+        mem_mb=sized(digits=4000, imagenet=128000),
+        runtime=sized(digits=60, imagenet=1440),
     params:
         settings=slice_of("sample", "checkpoint", "sampler"),
         launch=launcher,
+        limits=limits,
         batch=rows_per_pass("--batch"),
         guide=option("--guide", "guide"),
         autoencoder=autoencoder_option(sampled_latents, "decode"),
     shell:
         "{params.launch} sample {wildcards.checkpoint:q} {wildcards.sampler:q} --settings {params.settings:q}"
-        " --weights {input.weights:q} {params.guide} {params.autoencoder} {params.batch} --out {output.samples:q} --log {log:q}"
+        " --weights {input.weights:q} {params.guide} {params.autoencoder} {params.batch}"
+        " {params.limits} --out {output.samples:q} --log {log:q}"

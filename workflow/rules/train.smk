@@ -19,11 +19,15 @@ rule train:
     # A model that starts from scratch stands alone at the head of the chain; arms run side by side.
     threads: train_threads
     resources:
-        mem_mb=4000,
-        runtime=60,
+        gpu=gpus(8),
+        cpus_per_gpu=8,
+        nodes=1,
+        mem_mb=sized(digits=4000, imagenet=128000),
+        runtime=sized(digits=60, imagenet=1440),
     params:
         settings=slice_of("train", "checkpoint"),
         launch=launcher,
+        limits=limits,
         batch=rows_per_pass("--micro-batch"),
         init=option("--init", "init"),
         pixels=option("--pixels", "pixels"),
@@ -32,7 +36,7 @@ rule train:
     shell:
         "{params.launch} train {wildcards.checkpoint:q} --settings {params.settings:q}"
         " --latents {input.latents:q} {params.init} {params.pixels} {params.encoder} {params.autoencoder}"
-        " {params.batch} --out {output.weights:q}"
+        " {params.batch} {params.limits} --out {output.weights:q}"
         " --tensorboard logs/tensorboard/{wildcards.checkpoint:q}"
         " --log {log:q}"
 
@@ -48,7 +52,7 @@ rule import_weights:
     wildcard_constraints:
         checkpoint=one_of(settings.imported_checkpoints()),
     resources:
-        mem_mb=4000,
+        mem_mb=sized(digits=4000, imagenet=32000),
         runtime=60,
     params:
         settings=slice_of("import_weights", "checkpoint"),
