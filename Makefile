@@ -45,7 +45,7 @@ rehearsal: setup
 	  echo "done in $$((SECONDS - start)) s: rehearsal/results/tables/main.html, table4.html, table8.html, imagenet512.html, other_metrics.html"
 
 test: setup
-	OMP_NUM_THREADS=1 pytest $(if $(FAST),-m "not slow")
+	OMP_NUM_THREADS=1 pytest --numprocesses $(CORES) $(if $(FAST),-m "not slow")
 
 lint: setup
 	ruff check .

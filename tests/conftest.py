@@ -12,6 +12,15 @@ ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Keep together, on several processes, what shares a fixture; the long files first, so that none is left over."""
+    for item in items:
+        group = "house" if "house" in item.fixturenames else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: item.path.parent.name != "workflow")
+
+
 @pytest.fixture
 def mixflow(tmp_path):
     """Run `python -m mixflow ...` in a fresh folder, as a user would; returns the finished process."""

@@ -28,6 +28,7 @@ from mixflow.runtime.stopping import StopRequest, Unfinished
 LossFunction = Callable[[nn.Module, int, Tensor], Tensor]
 
 CONTINUE, SAVE, STOP = 0, 1, 2
+AGREE_SECONDS = 5.0  # how late several processes may notice SIGTERM: a queue's SIGKILL follows 30 s after it, often
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def train(
     *,
     name: str = "train",
     micro_batch: int | None = None,  # rows per forward pass on one device; None: the device's whole share
-    log_every: int = 50,  # steps; the only steps at which the device is waited for
+    log_every: int = 50,  # steps; the device is waited for then, and where processes agree on stopping
     save_every_seconds: float = 20.0,  # at least; rarer when saving is slow, so that it costs at most 2% of the time
     stop: StopRequest | None = None,
     on_log: Callable[[int, float], Any] | None = None,  # (step, mean loss since the last call), rank 0 only
@@ -101,6 +102,7 @@ def train(
     world = accelerator.num_processes
     folder = resume_file.parent if accelerator.is_main_process else None
     progress = Progress(name, recipe.num_steps, "step", first_step, folder=folder)
+    agree = _Agreement(accelerator, first_step, log_every)
     last_save, save_seconds = time.monotonic(), 0.0
 
     def save(step: int) -> None:
@@ -161,7 +163,7 @@ def train(
             if on_log is not None and accelerator.is_main_process:
                 on_log(done, mean_loss)
         due = time.monotonic() - last_save >= max(save_every_seconds, 50.0 * save_seconds)
-        action = _agree(accelerator, STOP if stop else SAVE if due else CONTINUE, ask=done % log_every == 0)
+        action = agree(done, STOP if stop else SAVE if due else CONTINUE)
         if action != CONTINUE and done < recipe.num_steps:
             save(done)
             if action == STOP:
@@ -188,13 +190,27 @@ def _synchronise_gradients(accelerator: Accelerator, wrapped: nn.Module, last: b
     return contextlib.nullcontext() if last else accelerator.no_sync(wrapped)
 
 
-def _agree(accelerator: Accelerator, wish: int, ask: bool) -> int:
-    """Return the strongest wish of any process, so that all act alike; several processes talk only where `ask`."""
-    if accelerator.num_processes == 1:
-        return wish
-    if not ask:
-        return CONTINUE
-    return int(accelerator.gather(torch.tensor([wish], device=accelerator.device)).max().item())
+class _Agreement:
+    """What all processes do after a step: the strongest wish of any. Several talk every AGREE_SECONDS of steps.
+
+    More often would cost time, for whoever talks waits for the device; so does the log, every `at_most` steps.
+    """
+
+    def __init__(self, accelerator: Accelerator, first_step: int, at_most: int) -> None:
+        self._accelerator, self._at_most = accelerator, at_most
+        self._last, self._last_time, self._next = first_step, time.monotonic(), first_step + 1
+
+    def __call__(self, done: int, wish: int) -> int:
+        if self._accelerator.num_processes == 1:
+            return wish
+        if done < self._next:
+            return CONTINUE
+        pace = (time.monotonic() - self._last_time) / (done - self._last)
+        told = torch.tensor([[wish, pace]], dtype=torch.float32, device=self._accelerator.device)
+        strongest, slowest = self._accelerator.gather(told).amax(dim=0).tolist()
+        self._last, self._last_time = done, time.monotonic()
+        self._next = done + round(min(max(AGREE_SECONDS / max(slowest, 1e-9), 1), self._at_most))
+        return int(strongest)
 
 
 def _load(path: Path, network: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:

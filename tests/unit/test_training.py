@@ -14,7 +14,7 @@ from mixflow.models import load_model
 from mixflow.runtime.errors import UserError
 from mixflow.runtime.seeds import Stream, normal
 from mixflow.runtime.stopping import StopRequest, Unfinished
-from mixflow.training import Decay, Recipe, train
+from mixflow.training import Decay, Recipe, loop, train
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -115,6 +115,31 @@ def test_stopping_anywhere_changes_nothing(tmp_path, stops):
     assert json.dumps(history) == json.dumps(whole_history)
     assert all(torch.equal(ema[key], whole_ema[key]) for key in ema)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), whole_net.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "asked"), [(0.001, [1, 51, 101]), (0.2, [1, 26, 51]), (2.0, [1, 3, 5]), (60.0, [1, 2, 3])]
+)
+def test_processes_agree_every_few_seconds(monkeypatch, seconds, asked):
+    clock = 0.0
+    monkeypatch.setattr(loop.time, "monotonic", lambda: clock)
+
+    class Two:
+        """The other process is as slow, and wants to save."""
+
+        num_processes, device = 2, "cpu"
+
+        def gather(self, told):
+            steps.append(done)
+            return torch.cat([told, torch.tensor([[loop.SAVE, told[0, 1]]])])
+
+    steps, actions, agree = [], {}, loop._Agreement(Two(), 0, 50)
+    for done in range(1, 102):
+        clock += seconds
+        actions[done] = agree(done, loop.STOP if done == asked[2] else loop.CONTINUE)
+    assert steps[:3] == asked
+    assert {done for done, action in actions.items() if action != loop.CONTINUE} == set(steps)
+    assert (actions[asked[1]], actions[asked[2]]) == (loop.SAVE, loop.STOP)
 
 
 def test_micro_batches_change_rounding_only(tmp_path):
