@@ -127,11 +127,15 @@ class Cluster:
         options = {"capture_output": True, "text": True, "timeout": 60, "env": self.environment, **options}
         return subprocess.run(command, check=check, **options).stdout
 
-    def jobs(self, *states: str) -> dict[str, str]:
-        """Return the jobs in one of `states` (all that Slurm remembers without): id -> comment, here rule and entry."""
+    def jobs(self, folder: Path, *states: str) -> dict[str, str]:
+        """Return the jobs submitted in a folder, in one of `states` (without: all that Slurm remembers).
+
+        Job number -> comment, which names rule and entry.
+        """
         chosen = ["--states", ",".join(states) or "all"]
-        lines = self.run("squeue", "--noheader", "--format", "%i|%k", *chosen).splitlines()
-        return dict(line.split("|", 1) for line in lines)
+        lines = self.run("squeue", "--noheader", "--format", "%i|%Z|%k", *chosen).splitlines()
+        found = (line.split("|", 2) for line in lines)
+        return {number: comment for number, where, comment in found if where == str(folder)}
 
     def job(self, number: str) -> dict[str, str]:
         """Return what Slurm knows of a job."""

@@ -162,7 +162,10 @@ class Run:
             assert self.head is not None
             assert self.head.poll() is None, f"snakemake ended early:\n{self.told()}"
             name = f"rule_{stage}_wildcards_{checkpoint}"
-            return next((n for n, comment in self.cluster.jobs("RUNNING").items() if comment.startswith(name)), None)
+            return next(
+                (n for n, comment in self.cluster.jobs(self.folder, "RUNNING").items() if comment.startswith(name)),
+                None,
+            )
 
         return str(wait_for(running, f"{stage} of {checkpoint} to run"))
 
@@ -267,6 +270,34 @@ def one_process(cluster: Cluster, folder: Path, stack: contextlib.ExitStack, con
     return [Row(fault, where, equal=expected == found) for fault, where in run.faults]
 
 
+def time_budget(cluster: Cluster, folder: Path, stack: contextlib.ExitStack, config: dict) -> Callable[[], list[Row]]:
+    """Start a training run that is longer than its job may be, and the same undisturbed. Call the result for its end.
+
+    Two minutes are the shortest limit in which a job can start, work, and stop by itself before Slurm looks.
+    """
+    checkpoint, minutes = "digits-base", 2
+    steps = int(config["checkpoints"][ARMS[0]]["train"]["num_steps"] * minutes * 60 / SECONDS)
+    config = merged(config, {"checkpoints": {checkpoint: {"train": {"num_steps": steps}}}})
+    trained = Path("results/checkpoints") / checkpoint / "model.safetensors"
+    run, undisturbed = (Run(cluster, clone(folder / name, config)) for name in ("budget", "undisturbed-budget"))
+    for each in (run, undisturbed):
+        stack.callback(each.kill)
+    one = ["--set-threads", "train=1"]
+    run.call("snakemake", str(trained), "--profile", "slurm", *one, "--set-resources", f"train:runtime={minutes}")
+    undisturbed.call("snakemake", str(trained), "--cores", "1", *one)
+
+    def finished() -> list[Row]:
+        run.finish()
+        undisturbed.finish()
+        log = (run.folder / f"logs/train/{checkpoint}.log").read_text()
+        assert "because the time budget is used up" in log, log
+        assert "continuing from step" in log, log
+        equal = (run.folder / trained).read_bytes() == (undisturbed.folder / trained).read_bytes()
+        return [Row("time budget used up: saved, exit 75", "train", equal)]
+
+    return finished
+
+
 def several_processes(cluster: Cluster, folder: Path, stack: contextlib.ExitStack, config: dict) -> list[Row]:
     """Two processes by torchrun, in one job and on two nodes, both cancelled once, against two on this machine.
 
@@ -287,7 +318,7 @@ def several_processes(cluster: Cluster, folder: Path, stack: contextlib.ExitStac
         resources = ["--set-resources", *(f"train:{each}" for each in asked)]
         run.call("snakemake", str(trained), *slurm, "--retries", "0", *resources)
         run.wait()
-        job = cluster.job(max(cluster.jobs(), key=int))
+        job = cluster.job(max(cluster.jobs(run.folder), key=int))
         granted = job.get("TresPerJob") or job.get("TresPerNode")
         say(f"{' '.join(asked)}: {job['JobState']}, granted {granted}, {job['NumCPUs']} cores, {job['NumNodes']} node")
         assert (granted, job["NumNodes"], job["NumCPUs"]) == ("gres:gpu:2", "1", "2")
@@ -356,8 +387,10 @@ def main() -> int:
             folder = folder.absolute() / str(number)
             cluster = stack.enter_context(Cluster(folder / "cluster"))
             config = small_config()
+            in_time = time_budget(cluster, folder, stack, config)
             rows += several_processes(cluster, folder, stack, config)
             rows += one_process(cluster, folder, stack, config)
+            rows += in_time()
     print(f"\n{table(rows)}\nmade in {time.monotonic() - start:.0f} s")
     if options.write:
         page = options.write.read_text()
