@@ -1,7 +1,5 @@
 # MixFlow training, stage by stage: cached latents -> post-training -> samples -> metrics -> tables.
 # `snakemake -c2` makes the digits table; `snakemake TABLE` any other; any file under results/ can be asked for by name.
-import os
-
 from snakemake.utils import min_version
 
 min_version("9.20")
@@ -15,16 +13,7 @@ report: "workflow/report/workflow.rst"
 
 
 include: "workflow/rules/common.smk"
-
-
-# Used with `--sdm apptainer` only; without it the jobs run in the environment that snakemake runs in.
-container: settings.image
-
-
-# Its jobs record which image it was, though their environment is a clean one otherwise.
-os.environ.update(APPTAINERENV_MIXFLOW_IMAGE_DIGEST=settings.image)
-
-
+include: "workflow/rules/container.smk"
 include: "workflow/rules/downloads.smk"
 include: "workflow/rules/latents.smk"
 include: "workflow/rules/train.smk"

@@ -10,7 +10,7 @@ schema.
 """
 
 from mixflow.config.entries import CLASSIFIER_METRICS, INCEPTION_METRICS, Pair, Train
-from mixflow.config.files import check_latents, check_weights_file
+from mixflow.config.files import check_image, check_latents, check_weights_file
 from mixflow.config.loading import load_config, resolve
 from mixflow.config.networks import RAE_SIZES, SIT_SHORTHANDS, SIT_SIZES
 from mixflow.config.resolved import Config
@@ -32,6 +32,7 @@ __all__ = [
     "FixedStep",
     "Pair",
     "Train",
+    "check_image",
     "check_latents",
     "check_weights_file",
     "load_config",

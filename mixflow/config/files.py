@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,21 @@ def check_weights_file(config: Config, name: str) -> str:
     if path.suffix == ".safetensors":
         _compare_header(path, where, config.network_options(name))
     return weights.file
+
+
+def check_image(image: str) -> None:
+    """Check that an image is a file (or a folder) that exists, or an address with a digest.
+
+    Raises `UserError`: an address without one is pulled once and never again, whatever it comes to stand for.
+    """
+    if "://" not in image:
+        if not Path(image).exists():
+            raise UserError(f"image: '{image}' does not exist: convert one (docs/container.md), or correct the path")
+    elif not re.search(r"@sha256:[0-9a-f]{64}$", image):
+        raise UserError(
+            f"image: '{image}' has no digest: take a file that was converted from it, --config image=FILE "
+            "(docs/container.md), or the address with @sha256:DIGEST"
+        )
 
 
 def _compare_header(path: Path, where: str, wanted: dict[str, Any]) -> None:

@@ -290,7 +290,7 @@ def read_ahead(images: Readable, spans: Iterable[tuple[int, int]]) -> Generator[
 
 def _facts(image: np.ndarray) -> tuple[int, int, int]:
     """Return digest, and smallest and largest byte read as signed, of pixels uint8 [H,W,3]."""
-    signed = image.view(np.int8)
+    signed: np.ndarray = image.view(np.int8)
     digest = hashlib.blake2b(image.data, digest_size=8).digest()
     return int.from_bytes(digest, "little"), int(signed.min()), int(signed.max())
 

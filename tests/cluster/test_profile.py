@@ -77,9 +77,10 @@ def test_profiles_of_ones_own_as_the_page_shows_them(on_slurm, tmp_path):
     assert (asked["gpu"], asked["gres"], asked["cpus_per_task"]) == ("0", "gpu:a100:4", "96")
 
 
-def test_every_value_of_the_profile_has_its_reason():
-    text = (ROOT / "profiles/slurm/profile.v9+.yaml").read_text()
+@pytest.mark.parametrize("profile", ["slurm", "apptainer"])
+def test_every_value_of_the_profiles_has_its_reason(profile):
+    text = (ROOT / f"profiles/{profile}/profile.v9+.yaml").read_text()
     for key in yaml.safe_load(text):
         before = text[: text.index(f"\n{key}:") + 1].rstrip("\n").splitlines()[-1]
-        assert before.startswith("#") or key == "executor", key
+        assert before.startswith("#") or key in ("executor", "software-deployment-method"), key
     assert not {"default-resources", "set-resources"} & set(yaml.safe_load(text))

@@ -16,7 +16,16 @@ import pytest
 import yaml
 
 from mixflow import config as module
-from mixflow.config import Config, check_latents, check_weights_file, load_config, resolve, slice_key, to_json
+from mixflow.config import (
+    Config,
+    check_image,
+    check_latents,
+    check_weights_file,
+    load_config,
+    resolve,
+    slice_key,
+    to_json,
+)
 from mixflow.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -726,6 +735,17 @@ def test_check_latents(tmp_path: Path) -> None:
     index.write_text("{")
     with pytest.raises(UserError, match="is not the index of a latent cache"):
         check_latents(index)
+
+
+def test_check_image(tmp_path: Path) -> None:
+    check_image(str(tmp_path))  # a folder is an image too
+    check_image(f"docker://ghcr.io/a/b@sha256:{'0' * 64}")
+    check_image(f"docker://ghcr.io/a/b:1.0@sha256:{'0' * 64}")
+    with pytest.raises(UserError, match=r"image: '.*none\.sif' does not exist: convert one"):
+        check_image(str(tmp_path / "none.sif"))
+    for image in ("docker://ghcr.io/a/b", "docker://ghcr.io/a/b:1.0", "docker://a/b@sha256:0123"):
+        with pytest.raises(UserError, match="has no digest: take a file that was converted from it"):
+            check_image(image)
 
 
 def test_check_weights_file(tmp_path: Path) -> None:
