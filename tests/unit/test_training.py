@@ -49,7 +49,7 @@ def run(tmp_path, changes={}, **options):  # noqa: B006 (never changed)
     return (*train(Accelerator(cpu=True), net, loss_function, recipe(**changes), resume, **options), net)
 
 
-def test_four_steps_equal_the_peers():
+def test_four_steps_equal_the_peers(tmp_path):
     """golden/sit train_a: AdamW at 1e-4 without clipping, EMA 0.9999, given data, noise, times and dropped labels."""
     golden = load_file(GOLDEN / "sit" / "train_a.safetensors")
     net = load_model("sit", GOLDEN / "sit" / "model_a.safetensors", num_heads=4)
@@ -66,7 +66,7 @@ def test_four_steps_equal_the_peers():
     four = recipe(
         num_steps=4, batch_size=size, learning_rate=1e-4, warmup_steps=0, gradient_clip=None, ema_decay=0.9999
     )
-    ema, history = train(Accelerator(cpu=True), net, loss, four, Path("unused"), log_every=1, save_every_seconds=1e9)
+    ema, history = train(Accelerator(cpu=True), net, loss, four, tmp_path / "r.pt", log_every=1, save_every_seconds=1e9)
     for step in range(4):
         assert torch.allclose(losses[step], golden[f"step{step}.loss"], rtol=1e-5, atol=1e-6)
         assert history["loss"][step] == pytest.approx(golden[f"step{step}.loss"].mean().item(), rel=1e-5)
