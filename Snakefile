@@ -19,13 +19,21 @@ include: "workflow/rules/latents.smk"
 include: "workflow/rules/train.smk"
 include: "workflow/rules/sample.smk"
 include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/slow_flow.smk"
+include: "workflow/rules/theory.smk"
 include: "workflow/rules/tables.smk"
+include: "workflow/rules/report.smk"
 
 
 rule digits:
     default_target: True
     input:
         table_files("digits"),
+
+
+rule digits_science:
+    input:
+        [table_files(table) for table in settings.science_tables()],
 
 
 rule paper:
@@ -41,3 +49,12 @@ for table in settings.tables:
                 table
             input:
                 table_files(table),
+
+
+for figure in settings.figures:
+
+    rule:
+        name:
+            figure
+        input:
+            paths.comparison(figure),

@@ -113,6 +113,11 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--file", type=Path, help="the weights file, or the record of its download")
     verb.add_argument("--out", type=Path, help="model.safetensors to write")
 
+    verb = _verb(verbs, "make-exact", _make_exact, "write a velocity field that is known exactly, as a checkpoint")
+    _settings(verb, "CHECKPOINT")
+    verb.add_argument("--latents", type=Path, help="index.json of the latent cache that it is made of, where it is")
+    verb.add_argument("--out", type=Path, help="model.safetensors to write")
+
     verb = _verb(
         verbs, "export-weights", _export_weights, "write a checkpoint of ours as the .pt file that SiT and REPA read"
     )
@@ -134,12 +139,40 @@ def _parser() -> argparse.ArgumentParser:
     _settings(verb, "CHECKPOINT", "SAMPLER")
     verb.add_argument("--weights", type=Path, help="model.safetensors of the checkpoint")
     verb.add_argument("--guide", type=Path, metavar="WEIGHTS", help="model.safetensors of the network that guides it")
+    verb.add_argument("--clock", type=Path, metavar="WEIGHTS", help="model.safetensors of the clock of its latents")
     _autoencoder_files(verb)
     verb.add_argument("--out", type=Path, help="samples.npz to write")
     verb.add_argument(
         "--batch", type=int, default=250, metavar="N", help="images per forward pass (default %(default)s)"
     )
     _long_running(verb)
+
+    verb = _verb(verbs, "train-clock", _train_clock, "train the small network that reads the time off states")
+    _settings(verb, "LATENTS")
+    verb.add_argument("--cache", type=Path, help="index.json of the latent cache")
+    _autoencoder_files(verb)
+    verb.add_argument("--out", type=Path, help="model.safetensors to write")
+    _long_running(verb)
+
+    verb = _verb(verbs, "slow-flow", _slow_flow, "say how far generated states lag behind their time; resumes")
+    _settings(verb, "CHECKPOINT", "SAMPLER")
+    verb.add_argument("--weights", type=Path, help="model.safetensors of the checkpoint")
+    verb.add_argument("--guide", type=Path, metavar="WEIGHTS", help="model.safetensors of the network that guides it")
+    verb.add_argument("--latents", type=Path, help="index.json of the latent cache that it was trained on")
+    verb.add_argument("--clock", type=Path, metavar="WEIGHTS", help="model.safetensors of the learned clock")
+    _autoencoder_files(verb)
+    verb.add_argument("--out", type=Path, help="slow_flow.json to write")
+    verb.add_argument(
+        "--batch", type=int, default=250, metavar="N", help="images per forward pass (default %(default)s)"
+    )
+    _long_running(verb)
+
+    verb = _verb(verbs, "draw-slow-flow", _draw_slow_flow, "draw Slow Flow of a figure's checkpoints, or of one")
+    verb.add_argument("figure", metavar="FIGURE|CHECKPOINT", help="entry of the figures, or of the checkpoints with")
+    verb.add_argument("sampler", nargs="?", metavar="SAMPLER", help="a sampler, beside the checkpoint it starts from")
+    _configs(verb)
+    verb.add_argument("--files", type=Path, nargs="+", help="slow_flow.json of each arm, in order")
+    verb.add_argument("--out", type=Path, help="PNG to write")
 
     verb = _verb(verbs, "train-extractor", _train_extractor, "train the feature network that compares images")
     _settings(verb, "EXTRACTOR")
@@ -209,6 +242,19 @@ def _parser() -> argparse.ArgumentParser:
     verb = _verb(parts, "preview", _table_preview, "print a table as far as it is measured, as Markdown")
     _settings(verb, "TABLE")
 
+    verb = _verb(
+        verbs, "theory", _theory, "predict lag, shrinkage and left noise of networks without error, and draw them"
+    )
+    _configs(verb)
+    verb.add_argument("--out", type=Path, help="theory.json to write")
+    verb.add_argument("--figure", type=Path, help="PNG to write")
+
+    verb = _verb(verbs, "report", _report, "write one page of what is there now: answers, tables, figures, provenance")
+    verb.add_argument("--config", nargs="+", default=["config.yaml"], metavar="FILE", help="later files overlay")
+    verb.add_argument("--key", metavar="DIGITS", help="stop unless the config files give the report of this key")
+    verb.add_argument("--out", type=Path, help=".html to write")
+    verb.add_argument("--log", metavar="FILE", help="append log lines to this file too")
+
     verb = _verb(verbs, "make-stand-ins", _make_stand_ins, "make the small random files of the rehearsal")
     _settings(verb)
     verb.add_argument("--out", type=Path, help="list of the files to write")
@@ -216,7 +262,7 @@ def _parser() -> argparse.ArgumentParser:
     verb = _verb(verbs, "plan", _plan, "say what targets cost before anything runs: jobs, time, downloads, disk")
     verb.add_argument(
         "targets", nargs="+", metavar="TARGET",
-        help="tables of config.yaml; paper: all of the paper's; paths below results/",
+        help="tables and figures of config.yaml, paper, digits_science, theory, report, or paths below results/",
     )  # fmt: skip
     verb.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs to be had (default %(default)s)")
     verb.add_argument("--cores", type=int, metavar="N", help="CPU cores to be had (default: those of this machine)")
@@ -423,6 +469,17 @@ def _import_weights(options: argparse.Namespace) -> None:
     import_weights(settings, file=file, out=options.out or Path(paths.weights(options.checkpoint)))
 
 
+def _make_exact(options: argparse.Namespace) -> None:
+    settings = _slice(options, "make_exact", options.checkpoint)
+    latents = options.latents
+    if latents is None and "spectrum" not in settings["exact"]:
+        latents = _existing(Path(paths.latents(settings["exact"]["latents"])), "the latent cache")
+
+    from mixflow.stages.make_exact import make_exact
+
+    make_exact(settings, latents=latents, out=options.out or Path(paths.weights(options.checkpoint)))
+
+
 def _export_weights(options: argparse.Namespace) -> None:
     from mixflow.models import export_weights
 
@@ -445,6 +502,9 @@ def _sample(options: argparse.Namespace) -> None:
     guide = options.guide
     if guide is None and (name := settings["sampler"]["guidance"].get("guide")) is not None:
         guide = _existing(Path(paths.weights(name)), f"the guide '{name}'")
+    clock = options.clock
+    if clock is None and (name := settings.get("clock")) is not None:
+        clock = _existing(Path(paths.clock(name)), f"the clock of '{name}'")
 
     from mixflow.stages import sample
 
@@ -452,6 +512,7 @@ def _sample(options: argparse.Namespace) -> None:
         settings,
         weights=weights,
         guide=guide,
+        clock=clock,
         autoencoder=autoencoder,
         out=options.out or Path(paths.samples(checkpoint, sampler)),
         scratch=options.scratch,
@@ -459,6 +520,70 @@ def _sample(options: argparse.Namespace) -> None:
         time_budget_minutes=options.time_budget,
         expected_gpus=options.gpus,
     )
+
+
+def _train_clock(options: argparse.Namespace) -> None:
+    name = options.latents
+    settings = _slice(options, "train_clock", name)
+    autoencoder = _autoencoder(options, name, *(("encode", "latents") if settings.get("encode") else ("latents",)))
+
+    from mixflow.stages.train_clock import train_clock
+
+    train_clock(
+        settings,
+        latents=_existing(options.cache or _cache_of(options, name), "the latent cache"),
+        autoencoder=autoencoder,
+        out=options.out or Path(paths.clock(name)),
+        scratch=options.scratch,
+        time_budget_minutes=options.time_budget,
+        expected_gpus=options.gpus,
+    )
+
+
+def _cache_of(options: argparse.Namespace, latents: str) -> Path:
+    """Return the index of the cache that latents are read from: their own, or the pixels they are encoded from."""
+    return Path(paths.latents(latents if options.settings is not None else _config(options).cache_of(latents)))
+
+
+def _slow_flow(options: argparse.Namespace) -> None:
+    checkpoint, sampler = options.checkpoint, options.sampler
+    settings = _slice(options, "slow_flow", checkpoint, sampler)
+    latents = "" if options.settings is not None else _config(options).latents_of(checkpoint)
+    guide, clock = options.guide, options.clock
+    if guide is None and (name := settings["sampler"]["guidance"].get("guide")) is not None:
+        guide = _existing(Path(paths.weights(name)), f"the guide '{name}'")
+    if clock is None and (name := settings.get("clock")) is not None:
+        clock = _existing(Path(paths.clock(name)), f"the clock of '{name}'")
+    uses = ("encode", "latents") if settings.get("encode") else ("latents",)
+
+    from mixflow.stages import slow_flow
+
+    slow_flow.run(
+        settings,
+        weights=_existing(options.weights or Path(paths.weights(checkpoint)), "the weights file"),
+        latents=_existing(options.latents or _cache_of(options, latents), "the latent cache"),
+        guide=guide,
+        clock=clock,
+        autoencoder=_autoencoder(options, latents, *uses),
+        out=options.out or Path(paths.slow_flow(checkpoint, sampler)),
+        scratch=options.scratch,
+        batch=options.batch,
+        time_budget_minutes=options.time_budget,
+        expected_gpus=options.gpus,
+    )
+
+
+def _draw_slow_flow(options: argparse.Namespace) -> None:
+    name, sampler = options.figure, options.sampler
+    names, out = [name], paths.comparison(name)
+    if sampler is not None:
+        names, out = [name, sampler], paths.slow_flow(name, sampler, "png")
+    settings = _slice(options, "slow_flow_figure", *names)
+    files = options.files or [Path(paths.slow_flow(arm["checkpoint"], settings["sampler"])) for arm in settings["arms"]]
+
+    from mixflow.stages.draw_slow_flow import draw_slow_flow
+
+    draw_slow_flow(settings, [_existing(file, "Slow Flow") for file in files], options.out or Path(out))
 
 
 def _train_extractor(options: argparse.Namespace) -> None:
@@ -636,6 +761,34 @@ def _table_preview(options: argparse.Namespace) -> None:
     config = _config(options)
     table = config.slice("render", options.table)
     print(preview(table, [config.slice("row", options.table, row) for row in table["rows"]]))
+
+
+def _theory(options: argparse.Namespace) -> None:
+    settings = _slice(options, "theory")
+
+    from mixflow.stages.theory import make_theory
+
+    make_theory(
+        settings,
+        out=options.out or Path(paths.theory("json")),
+        figure=options.figure or Path(paths.theory("png")),
+    )
+
+
+def _report(options: argparse.Namespace) -> None:
+    config = _config(options)
+    if options.key is not None:
+        from mixflow.config import slice_key
+
+        if options.key != slice_key(config.slice("report")):
+            raise UserError(
+                "the config files say another report than Snakemake's config: put what --config changes into a file "
+                "and name that with --configfile"
+            )
+
+    from mixflow.stages.report import make_report
+
+    make_report(config, options.config, options.out or Path(paths.report()))
 
 
 def _plan(options: argparse.Namespace) -> None:

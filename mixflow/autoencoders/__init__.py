@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mixflow.autoencoders.identity import Identity
 from mixflow.autoencoders.pixels import Pixels
 from mixflow.autoencoders.rae import RAE
 from mixflow.autoencoders.sd_vae import SDVae
@@ -16,7 +17,7 @@ from mixflow.runtime.errors import UserError, did_you_mean
 
 __all__ = ["RAE", "Autoencoder", "load_autoencoder"]
 
-_KINDS = ("pixels", "rae", "sd_vae")
+_KINDS = ("identity", "pixels", "rae", "sd_vae")
 
 
 class Autoencoder(Protocol):
@@ -55,6 +56,8 @@ def load_autoencoder(
         raise UserError(f"autoencoder kind '{kind}' is not known{did_you_mean(kind, _KINDS)}")
     if kind == "rae":
         return RAE(files, device, mirrors=bool(mirrors), **options)
+    if kind == "identity":
+        return Identity(**options)
     return Pixels(**options) if kind == "pixels" else SDVae(_folder(files), device, **options)
 
 

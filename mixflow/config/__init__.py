@@ -5,8 +5,8 @@ absent are None and left out of slices, so that adding an optional key never mak
 `python -m mixflow.config --write-schema` regenerates the JSON schema for editors.
 
 Each file imports only from those before it; `Config` is the argument of the checks and slices, by annotation alone:
-values, samplers, costs, sources, networks, entries; checks, slices; resolved (`Config`); messages, loading; files,
-schema.
+values, samplers, costs, sources, networks, entries; checks, replicates, slices; resolved (`Config`); messages, loading;
+files, schema.
 """
 
 from mixflow.config.entries import CLASSIFIER_METRICS, INCEPTION_METRICS, Pair, Train
@@ -16,12 +16,14 @@ from mixflow.config.networks import RAE_SIZES, SIT_SHORTHANDS, SIT_SIZES
 from mixflow.config.resolved import Config
 from mixflow.config.samplers import Diffusion, Dopri5, EulerMaruyama, FixedStep
 from mixflow.config.schema import SCHEMA_FILE, schema_text
-from mixflow.config.slices import slice_key, to_json
+from mixflow.config.slices import REHEARSAL_NOTE, slice_key, to_json
+from mixflow.config.sources import spectrum_variances
 
 __all__ = [
     "CLASSIFIER_METRICS",
     "INCEPTION_METRICS",
     "RAE_SIZES",
+    "REHEARSAL_NOTE",
     "SCHEMA_FILE",
     "SIT_SHORTHANDS",
     "SIT_SIZES",
@@ -39,5 +41,6 @@ __all__ = [
     "resolve",
     "schema_text",
     "slice_key",
+    "spectrum_variances",
     "to_json",
 ]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mixflow.config.entries import Classifier, Pair, Row, Table
 from mixflow.config.networks import REPA
-from mixflow.config.samplers import EulerMaruyama
+from mixflow.config.samplers import CORRECTIONS, Dopri5, EulerMaruyama, FixedStep
 from mixflow.config.sources import RAE, SDVAE
 from mixflow.config.values import NAME_PATTERN, SCRATCH
 from mixflow.runtime.errors import UserError, did_you_mean
@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 def _references(config: Config) -> Iterator[tuple[str, str, str]]:
     """Yield (where, name, section) for every mention of an entry by its name."""
     for name, dataset in config.datasets.items():
-        yield f"datasets.{name}.reference", dataset.reference, "references"
-        for other in dataset.further_references:
-            yield f"datasets.{name}.further_references", other, "references"
+        for index, compared in enumerate(dataset.references):
+            yield f"datasets.{name}.{'further_references' if index else 'reference'}", compared, "references"
     for section in ("encoders", "extractors", "references"):
         for name, entry in getattr(config, section).items():
             if entry.download is not None:
@@ -41,7 +40,7 @@ def _references(config: Config) -> Iterator[tuple[str, str, str]]:
         if sampler.guidance.guide is not None:
             yield f"samplers.{name}.guidance.guide", sampler.guidance.guide, "checkpoints"
     for name, checkpoint in config.checkpoints.items():
-        part = "train" if checkpoint.train else "weights"
+        part = next(part for part in ("train", "weights", "exact") if getattr(checkpoint, part))
         yield f"checkpoints.{name}.{part}.latents", checkpoint.origin.latents, "latents"
         if checkpoint.train and checkpoint.train.init != SCRATCH:
             yield f"checkpoints.{name}.train.init", checkpoint.train.init, "checkpoints"
@@ -57,6 +56,20 @@ def _references(config: Config) -> Iterator[tuple[str, str, str]]:
         if reference.latents is not None:
             yield f"references.{name}.latents", reference.latents, "latents"
         yield f"references.{name}.extractor", reference.extractor, "extractors"
+    for name in config.clocks:
+        yield f"clocks.{name}", name, "latents"
+    for name, figure in config.figures.items():
+        yield f"figures.{name}.sampler", figure.sampler, "samplers"
+        for index, arm in enumerate(figure.arms):
+            yield f"figures.{name}.arms.{index}.checkpoint", arm.checkpoint, "checkpoints"
+        for drawn in figure.paper.borders if figure.paper else ():
+            yield f"figures.{name}.paper.borders.{drawn}", drawn, "checkpoints"
+    if config.report is not None:
+        for key in ("made", "shown"):
+            for index, table_name in enumerate(getattr(config.report, key)):
+                yield f"report.{key}.{index}", table_name, "tables"
+        for index, figure_name in enumerate(config.report.slow_flow):
+            yield f"report.slow_flow.{index}", figure_name, "figures"
     for name, table in config.tables.items():
         for index, column in enumerate(table.columns):
             if column.sampler is not None:
@@ -76,6 +89,11 @@ def check_references(config: Config) -> None:
             known = [*entries, SCRATCH] if where.endswith(".init") else entries
             raise UserError(f"{where}: '{name}' is not one of the {section}{did_you_mean(name, known)}")
     for name in config.checkpoints:
+        if (parent := config.parent(name)) is not None and config.checkpoints[parent].exact is not None:
+            raise UserError(
+                f"checkpoints.{name}.train.init: '{parent}' is an exact field, which has no weights to train: name "
+                "trained weights, or scratch"
+            )
         chain = [name]
         while (parent := config.parent(chain[-1])) is not None:
             circle = " -> ".join((*chain, parent))
@@ -110,6 +128,11 @@ def check_latents_entries(config: Config) -> None:
     """Check that autoencoders can take the images that they are to encode."""
     for name, latents in config.latents.items():
         dataset, autoencoder = config.dataset_of(name), config.autoencoder_of(name)
+        if (dataset.kind == "gaussian") != (autoencoder.kind == "identity"):
+            raise UserError(
+                f"latents.{name}.autoencoder: '{latents.autoencoder}' is of kind {autoencoder.kind}, the dataset "
+                f"'{latents.dataset}' of kind {dataset.kind}: identity goes with kind gaussian, and with no other"
+            )
         if isinstance(autoencoder, RAE):
             _check_rae(config, name)
         elif latents.mirrors is not None or latents.encoded_from is not None:
@@ -219,7 +242,7 @@ def check_pair(config: Config, pair: Pair) -> None:
         )
     if guidance.guide is not None:
         _check_guide(config, where, pair.checkpoint, guidance.guide)
-    elif guidance.scale != 1 and origin.model.label_dropout == 0:
+    elif guidance.scale != 1 and not config.model_of(pair.checkpoint).has_null_class:
         raise UserError(
             f"{where}.scale: {guidance.scale:g} cannot be used with '{pair.checkpoint}', whose label_dropout 0 leaves "
             "it without a null class: take a sampler with scale 1.0"
@@ -234,6 +257,73 @@ def check_pair(config: Config, pair: Pair) -> None:
             f"checkpoints.{pair.checkpoint}.weights.interpolant: missing, but the SDE sampler '{pair.sampler}' needs "
             "it: add linear or gvp"
         )
+    if isinstance(sampler, FixedStep):
+        _check_corrections(config, pair, sampler)
+
+
+def _check_corrections(config: Config, pair: Pair, sampler: FixedStep) -> None:
+    """Check that what a sampler does against exposure bias is defined for a checkpoint."""
+    origin = config.checkpoints[pair.checkpoint].origin
+    (_, size), where = config.latent_shape(origin.latents), f"samplers.{pair.sampler}"
+    used = [key for key in CORRECTIONS if getattr(sampler, key) is not None]
+    if used and origin.interpolant != "linear":
+        found = "missing" if origin.interpolant is None else origin.interpolant
+        raise UserError(
+            f"{where}.{used[0]}: its formula is that of the linear path, and the interpolant of '{pair.checkpoint}' is "
+            f"{found}: take a checkpoint with interpolant linear, or add it to weights"
+        )
+    if sampler.differential_correction is not None and sampler.differential_correction.band == "low" and size % 2:
+        raise UserError(
+            f"{where}.differential_correction.band: low takes blocks of 2x2, into which the latents of "
+            f"'{pair.checkpoint}', {size} wide, cannot be cut: write pixel"
+        )
+    if sampler.time_shift is not None and config.clock_of(pair.checkpoint) is None:
+        raise UserError(
+            f"{where}.time_shift: there is no clock for '{origin.latents}', the latents of '{pair.checkpoint}': add an "
+            "entry of that name to clocks, with interpolant linear"
+        )
+
+
+def check_images(config: Config, checkpoint: str) -> None:
+    """Check that what a checkpoint makes are latents of images, so that it can be decoded and looked at."""
+    latents = config.latents_of(checkpoint)
+    if config.dataset_of(latents).kind == "gaussian":
+        raise UserError(
+            f"checkpoints.{checkpoint}: makes draws of '{latents}', which are no images to write or compare: take a "
+            "checkpoint of images, or see what the target theory draws"
+        )
+
+
+def check_slow_flow(config: Config, pair: Pair) -> None:
+    """Check that Slow Flow of a checkpoint can be measured under a sampler."""
+    check_pair(config, pair)
+    if config.slow_flow is None:
+        raise UserError(
+            "slow_flow: missing from the config, and nothing has a default: add start, fit_images, max_axes"
+        )
+    if isinstance(config.samplers[pair.sampler], Dopri5):
+        raise UserError(
+            f"samplers.{pair.sampler}.solver: dopri5 chooses its own steps, so there are no common times at which to "
+            "measure Slow Flow: take a sampler with num_steps"
+        )
+    if (interpolant := config.checkpoints[pair.checkpoint].origin.interpolant) != "linear":
+        found = "missing" if interpolant is None else interpolant
+        raise UserError(
+            f"checkpoints.{pair.checkpoint}: its interpolant is {found}, and Slow Flow is measured on the linear path "
+            "alone: take a checkpoint with interpolant linear, or add it to weights"
+        )
+
+
+def check_figures(config: Config) -> None:
+    """Check that figures can be drawn, and that their names are free as targets."""
+    for name, figure in config.figures.items():
+        if name in (*config.tables, "paper"):
+            raise UserError(f"figures.{name}: a table has this name, and both are targets: give it another name")
+        for arm in figure.arms:
+            try:
+                check_slow_flow(config, Pair(arm.checkpoint, figure.sampler))
+            except UserError as error:
+                raise UserError(f"figures.{name}: {error}") from None
 
 
 def _check_guide(config: Config, where: str, checkpoint: str, guide: str) -> None:
@@ -271,10 +361,43 @@ def check_tables(config: Config) -> None:
                     f"{where}.rows.{row.key}.paper: {len(row.paper)} numbers for {width} columns: write one for each, "
                     "null where the paper has none"
                 )
-            if row.against is not None:
-                _check_control(where, table, row, row.against)
+            for control in row.controls:
+                _check_control(where, table, row, control)
             if row.checkpoint is not None:
+                check_images(config, row.checkpoint)
                 _check_columns(config, where, table, row, row.checkpoint)
+
+
+def check_report(config: Config) -> None:
+    """Check that each table stands once on the page, and that every question has a comparison that answers it."""
+    if config.report is None:
+        return
+    for name, count in Counter(config.report.tables).items():
+        if count > 1:
+            raise UserError(f"report.shown: '{name}' stands in made and shown {count} times: write it once")
+    for index, answer in enumerate(config.report.answers):
+        where = f"report.answers.{index}"
+        if answer.table not in config.report.tables:
+            raise UserError(
+                f"{where}.table: '{answer.table}' is not on the page{did_you_mean(answer.table, config.report.tables)}"
+            )
+        try:
+            row = config.row(answer.table, answer.row)
+        except UserError as error:
+            raise UserError(f"{where}.row: {error}") from None
+        if not row.controls:
+            raise UserError(f"{where}.row: '{answer.row}' has no control to be compared with: give it an 'against'")
+        if answer.against not in (None, *row.controls):
+            raise UserError(
+                f"{where}.against: '{answer.against}' is no control of '{answer.row}'"
+                f"{did_you_mean(answer.against or '', row.controls)}"
+            )
+        columns = [(column.sampler, column.metric) for column in config.tables[answer.table].columns]
+        if (answer.sampler, answer.metric) not in columns:
+            raise UserError(
+                f"{where}: table '{answer.table}' has no column of {answer.metric} under '{answer.sampler}': name one "
+                "of its columns"
+            )
 
 
 def _check_control(where: str, table: Table, row: Row, against: str) -> None:

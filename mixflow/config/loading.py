@@ -13,14 +13,17 @@ from pydantic import ValidationError
 from mixflow.config.checks import (
     check_alignment,
     check_comparisons,
+    check_figures,
     check_latents_entries,
     check_networks,
     check_references,
+    check_report,
     check_tables,
 )
 from mixflow.config.entries import Checkpoint
 from mixflow.config.messages import sentence
 from mixflow.config.networks import Model
+from mixflow.config.replicates import with_replicates
 from mixflow.config.resolved import Config
 from mixflow.config.values import NAME_PATTERN, SCRATCH
 from mixflow.runtime.errors import UserError, did_you_mean
@@ -70,7 +73,9 @@ def resolve(raw: dict[str, Any]) -> Config:
     check_networks(config)
     check_alignment(config)
     check_tables(config)
-    return config
+    check_figures(config)
+    check_report(config)
+    return with_replicates(config)
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -144,6 +149,9 @@ def _inherit_models(config: Config) -> Config:
         return inherited
 
     for name, checkpoint in config.checkpoints.items():
+        if checkpoint.exact is not None:
+            resolved[name] = checkpoint
+            continue
         model = model_of(name)
         train = checkpoint.train and checkpoint.train.model_copy(update={"model": model})
         resolved[name] = checkpoint.model_copy(update={"train": train})

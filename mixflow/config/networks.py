@@ -67,6 +67,10 @@ class Backbone(Entry):
     patch_size: Count
     label_dropout: BelowOne
 
+    @property
+    def has_null_class(self) -> bool:
+        return self.label_dropout > 0
+
     @model_validator(mode="before")
     @classmethod
     def _expand_size(cls, values: Any) -> Any:
@@ -162,6 +166,10 @@ class DiTDH(Entry):
     num_heads: CountPair
     label_dropout: BelowOne
 
+    @property
+    def has_null_class(self) -> bool:
+        return self.label_dropout > 0
+
     @model_validator(mode="before")
     @classmethod
     def _expand_size(cls, values: Any) -> Any:
@@ -209,8 +217,59 @@ class DiTDH(Entry):
         return ends + time + bridge + modulations + blocks
 
 
+class GaussianField(Entry):
+    """The exact velocity field of a Gaussian: mixflow.models.exact."""
+
+    family: Literal["gaussian"]
+    axes: Flag  # whether its principal axes are those of the latents
+    law: str
+    gamma: float
+
+    @property
+    def has_null_class(self) -> bool:
+        return True
+
+    def num_parameters(self, channels: int, size: int, num_classes: int) -> int:
+        """Return how many numbers its file holds: mean, variances, axes."""
+        dimensions = channels * size**2
+        return 2 * dimensions + (0 if self.axes else dimensions**2)
+
+    def flops(self, channels: int, size: int) -> int:
+        """Return the FLOPs of its matrix products on one input: into the principal axes and back.
+
+        Those of the quadrature under a law of times are left out.
+        """
+        dimensions = channels * size**2
+        return 0 if self.axes else 2 * costs.linear(1, dimensions, dimensions)
+
+
+class MixtureField(Entry):
+    """The exact velocity field of a kernel density estimate: mixflow.models.exact."""
+
+    family: Literal["mixture"]
+    num_components: Count
+    law: str
+    gamma: float
+
+    @property
+    def has_null_class(self) -> bool:
+        return True
+
+    def num_parameters(self, channels: int, size: int, num_classes: int) -> int:
+        """Return how many numbers its file holds: components, labels, weights, bandwidth."""
+        return self.num_components * (channels * size**2 + 2) + 1
+
+    def flops(self, channels: int, size: int) -> int:
+        """Return the FLOPs of its matrix products on one input, were all components of its class.
+
+        Those of the quadrature under a law of times are left out.
+        """
+        return 2 * costs.linear(1, channels * size**2, self.num_components)
+
+
 Model = Annotated[SiT | REPA | DiTDH, Field(discriminator="family")]
-_MODEL: TypeAdapter[SiT | REPA | DiTDH] = TypeAdapter(Model)
+AnyModel = SiT | REPA | DiTDH | GaussianField | MixtureField
+_MODEL: TypeAdapter[AnyModel] = TypeAdapter(Annotated[AnyModel, Field(discriminator="family")])
 
 
 def network_flops(options: Mapping[str, Any]) -> int:

@@ -6,8 +6,22 @@ from typing import Any
 
 from pydantic import Field
 
-from mixflow.config.entries import Checkpoint, Encoder, Extractor, Pair, Reference, Row, Table
-from mixflow.config.networks import network_flops
+from mixflow.config.entries import (
+    Checkpoint,
+    Clock,
+    Encoder,
+    Extractor,
+    Pair,
+    Reference,
+    Report,
+    Row,
+    SlowFlow,
+    SlowFlowFigure,
+    Table,
+    Theory,
+)
+from mixflow.config.networks import AnyModel, network_flops
+from mixflow.config.replicates import replicates
 from mixflow.config.samplers import Sampler
 from mixflow.config.slices import SLICES
 from mixflow.config.sources import Autoencoder, Dataset, Download, Latents, StandIns
@@ -30,6 +44,11 @@ class Config(Entry):
     extractors: dict[Name, Extractor]
     references: dict[Name, Reference]
     tables: dict[Name, Table]
+    clocks: dict[Name, Clock] = Field(default_factory=dict)  # by the latents whose time they read
+    slow_flow: SlowFlow | None = None
+    figures: dict[Name, SlowFlowFigure] = Field(default_factory=dict)
+    theory: Theory | None = None
+    report: Report | None = None
 
     def get(self, section: str, name: str) -> Any:
         """Return an entry; an unknown name is a `UserError`."""
@@ -70,13 +89,16 @@ class Config(Entry):
         return dataset.num_images * self.autoencoder_of(latents).bytes_per_image(dataset, entry.mirrors)
 
     def reference_of(self, checkpoint: str) -> str:
-        """Return the reference that a checkpoint's samples are compared with first of all."""
-        return self.dataset_of(self.latents_of(checkpoint)).reference
+        """Return the reference that a checkpoint's samples are compared with first; `UserError` without one."""
+        if not (references := self.dataset_of(self.latents_of(checkpoint)).references):
+            raise UserError(
+                f"'{checkpoint}' makes no images, so that there is no reference for them: name a checkpoint of images"
+            )
+        return references[0]
 
     def references_of(self, checkpoint: str) -> dict[str, tuple[str, ...]]:
         """Return all references that a checkpoint's samples can be compared with, and the metrics of each."""
-        dataset = self.dataset_of(self.latents_of(checkpoint))
-        names = dict.fromkeys((dataset.reference, *dataset.further_references))
+        names = dict.fromkeys(self.dataset_of(self.latents_of(checkpoint)).references)
         return {name: self.extractors[self.get("references", name).extractor].metrics for name in names}
 
     def reference_for(self, checkpoint: str, metric: str) -> str:
@@ -91,18 +113,40 @@ class Config(Entry):
             f"compared{did_you_mean(metric, known)}"
         )
 
+    def clock_of(self, checkpoint: str) -> str | None:
+        """Return the clock that reads the time of a checkpoint's states, None where there is none."""
+        origin = self.get("checkpoints", checkpoint).origin
+        clock = self.clocks.get(origin.latents)
+        return origin.latents if clock is not None and clock.interpolant == origin.interpolant else None
+
     def cells(self, table: str, row: str | None = None) -> list[Pair]:
         """Return the sample sets that a table, or one row of it, needs: each once, in order."""
         entry = self.get("tables", table)
         rows = entry.rows if row is None else (self.row(table, row),)
         pairs = [
-            Pair(row.checkpoint, row.sampler_of(column)) for row in rows if row.checkpoint for column in entry.columns
+            Pair(checkpoint, samplers[row.sampler_of(column)])
+            for row in rows
+            if row.checkpoint
+            for checkpoint, samplers in self.makers(table, row)
+            for column in entry.columns
         ]
         return list(dict.fromkeys(pairs))
+
+    def makers(self, table: str, row: Row) -> list[tuple[str, dict[str, str]]]:
+        """Return (checkpoint, sampler of the row -> its replicate) of each replicate of a measured row."""
+        entry = self.get("tables", table)
+        if entry.replicates is not None:
+            return [(made.checkpoint, made.samplers) for made in replicates(self, table, row)]
+        assert row.checkpoint is not None, "quoted rows are not made"
+        return [(row.checkpoint, {name: name for name in map(row.sampler_of, entry.columns)})]
 
     def paper_tables(self) -> list[str]:
         """Return the names of the paper's own tables."""
         return [name for name, table in self.tables.items() if table.paper]
+
+    def science_tables(self) -> list[str]:
+        """Return the names of the tables on digits that say what MixFlow's gain is: digits_..., replicated."""
+        return [name for name, table in self.tables.items() if name.startswith("digits_") and table.replicates]
 
     def trained_checkpoints(self) -> list[str]:
         """Return the names of the checkpoints that are trained here."""
@@ -112,15 +156,26 @@ class Config(Entry):
         """Return the names of the checkpoints that are taken from files."""
         return [name for name, checkpoint in self.checkpoints.items() if checkpoint.weights]
 
+    def exact_checkpoints(self) -> list[str]:
+        """Return the names of the checkpoints that are known exactly."""
+        return [name for name, checkpoint in self.checkpoints.items() if checkpoint.exact]
+
+    def model_of(self, checkpoint: str) -> AnyModel:
+        """Return what network a checkpoint is."""
+        entry = self.get("checkpoints", checkpoint)
+        if entry.exact is not None:
+            return entry.exact.field(self.dataset_of(entry.exact.latents))
+        return entry.origin.model
+
     def network_options(self, checkpoint: str) -> dict[str, Any]:
         """Return all options of a checkpoint's network, with those that its latents and dataset decide."""
-        model = self.get("checkpoints", checkpoint).origin.model
+        model = self.model_of(checkpoint)
         channels, size, num_classes = self._sizes(checkpoint)
         return {**model.dump(), "input_size": size, "in_channels": channels, "num_classes": num_classes}
 
     def num_parameters(self, checkpoint: str) -> int:
         """Return how many numbers a checkpoint's weights hold."""
-        return self.get("checkpoints", checkpoint).origin.model.num_parameters(*self._sizes(checkpoint))
+        return self.model_of(checkpoint).num_parameters(*self._sizes(checkpoint))
 
     def flops(self, checkpoint: str) -> int:
         """Return the FLOPs of a forward pass of a checkpoint's network on one image."""
@@ -143,7 +198,8 @@ class Config(Entry):
         """Return the settings of one job as plain JSON-able values, resolved, with nothing that is not its business.
 
         Stages and names: stand_ins, download DOWNLOAD, cache_latents LATENTS, train CHECKPOINT, import_weights
-        CHECKPOINT, sample CHECKPOINT SAMPLER, evaluate CHECKPOINT SAMPLER [REFERENCE], train_extractor EXTRACTOR,
-        make_reference REFERENCE, row TABLE ROW, figure TABLE FIGURE, render TABLE.
+        CHECKPOINT, make_exact CHECKPOINT, sample CHECKPOINT SAMPLER, train_clock LATENTS, slow_flow CHECKPOINT SAMPLER,
+        slow_flow_figure CHECKPOINT SAMPLER or FIGURE, theory, evaluate CHECKPOINT SAMPLER [REFERENCE], train_extractor
+        EXTRACTOR, make_reference REFERENCE, row TABLE ROW, figure TABLE FIGURE, render TABLE, report.
         """
         return SLICES[stage](self, *names)

@@ -22,6 +22,14 @@ from mixflow.config.values import (
 )
 from mixflow.runtime.errors import UserError
 
+EDGE = 1e-6  # a rounded time still lies on the edge that it was meant to, as in mixflow.sampling
+
+
+def _ascending(interval: tuple[float, float]) -> tuple[float, float]:
+    if interval[0] > interval[1]:
+        raise UserError(f"{list(interval)} is in the wrong order: write [{interval[1]}, {interval[0]}]")
+    return interval
+
 
 def _number_of_channels(value: Any) -> Any:
     value = from_text(value)
@@ -52,13 +60,10 @@ class Guidance(Entry):
     @field_validator("interval")
     @classmethod
     def _ascending(cls, interval: tuple[float, float]) -> tuple[float, float]:
-        if interval[0] > interval[1]:
-            raise UserError(f"{list(interval)} is in the wrong order: write [{interval[1]}, {interval[0]}]")
-        return interval
+        return _ascending(interval)
 
     def acts_at(self, t: float) -> bool:
-        edge = 1e-6  # a rounded time still lies on the edge that it was meant to, as in mixflow.sampling
-        return self.scale != 1 and self.interval[0] - edge <= t <= self.interval[1] + edge
+        return self.scale != 1 and self.interval[0] - EDGE <= t <= self.interval[1] + EDGE
 
     @property
     def description(self) -> str:
@@ -68,6 +73,41 @@ class Guidance(Entry):
         interval = "" if self.interval == (0, 1) else f" for t in [{self.interval[0]:g}, {self.interval[1]:g}]"
         kind = "guidance" if self.guide is None else "autoguidance"
         return f", {kind} {self.scale:g}{channels}{interval}"
+
+
+class EpsilonScaling(Entry):
+    """The noise that the network predicts is divided by a factor: see mixflow.sampling.epsilon_scaled."""
+
+    factor: Positive  # 1 is none
+    start: Annotated[float, Field(gt=0, le=1), TEXT]  # acts from this time on
+
+
+class TimeShift(Entry):
+    """The network is told the time that a learned clock reads off the state: see mixflow.sampling.time_shifted.
+
+    The clock is that of the checkpoint's latents.
+    """
+
+    window: Fraction  # labels stay within half of it of the time; 0 is none
+    interval: Annotated[tuple[Fraction, Fraction], LIST]  # acts for t in it
+
+    @field_validator("interval")
+    @classmethod
+    def _ascending(cls, interval: tuple[float, float]) -> tuple[float, float]:
+        return _ascending(interval)
+
+    def acts_at(self, t: float) -> bool:
+        return self.interval[0] - EDGE <= t <= self.interval[1] + EDGE
+
+
+class DifferentialCorrection(Entry):
+    """After each step the state is pushed away from the data estimate: see mixflow.sampling.differential_correction."""
+
+    band: Literal["low", "pixel"]
+    strength: Annotated[float, Field(allow_inf_nan=False), TEXT]  # 0 is none; below 0 towards the estimate
+
+
+CORRECTIONS = ("epsilon_scaling", "time_shift", "differential_correction")  # keys of FixedStep
 
 
 class AnySampler(Entry):
@@ -81,13 +121,29 @@ class AnySampler(Entry):
     precision: Precision
     seed: Seed
 
+    @model_validator(mode="before")
+    @classmethod
+    def _corrections_go_with_fixed_steps(cls, values: Any) -> Any:
+        for key in CORRECTIONS if isinstance(values, dict) else ():
+            if values.get(key) is not None and key not in cls.model_fields:
+                raise UserError(
+                    f"{key}: is defined for ODE solvers of fixed steps, not for {values.get('solver')}: take euler or "
+                    "heun, or leave it out"
+                )
+        return values
+
     @property
     def protocol(self) -> str:
         """What a header has no room for, though the numbers depend on it."""
         pixels = "" if self.to_uint8 == "round" else ", pixel values truncated"
         labels = self.labels.replace("_", " and ")
         guide = "" if self.guidance.guide is None else f", guided by {self.guidance.guide}"
-        return f"{self.num_images:,} images, {labels} labels, {self.precision}{pixels}{guide}, seed {self.seed}"
+        return f"{self.num_images:,} images, {labels} labels, {self.precision}{pixels}{guide}, {self.seed_text}"
+
+    @property
+    def seed_text(self) -> str:
+        """How `protocol` says the seed."""
+        return f"seed {self.seed}"
 
 
 class Grid(Entry):
@@ -108,20 +164,55 @@ class FixedStep(AnySampler):
     solver: Literal["euler", "heun", "heun_repa", "midpoint", "rk4"]
     num_steps: Count
     grid: Grid | None = None
+    epsilon_scaling: EpsilonScaling | None = None
+    time_shift: TimeShift | None = None
+    differential_correction: DifferentialCorrection | None = None
+
+    @model_validator(mode="after")
+    def _correction_goes_with_solver(self) -> FixedStep:
+        if self.differential_correction is not None and self.solver not in ("euler", "heun"):
+            raise UserError(
+                f"differential_correction: is defined for euler and heun, not for {self.solver}: take one of them, or "
+                "leave it out"
+            )
+        return self
+
+    @property
+    def clock_times(self) -> list[float]:
+        """The times of the calls whose label the clock reads; none without a time shift."""
+        return [] if self.time_shift is None else [t for t in self._evaluated_at() if self.time_shift.acts_at(t)]
+
+    @property
+    def corrections(self) -> str:
+        """What is done against exposure bias, for headers."""
+        found = []
+        if (scaling := self.epsilon_scaling) is not None:
+            found.append(f", noise / {scaling.factor:g} from t = {scaling.start:g}")
+        if (shift := self.time_shift) is not None:
+            low, high = shift.interval
+            found.append(f", labels by the clock within {shift.window / 2:g} for t in [{low:g}, {high:g}]")
+        if (correction := self.differential_correction) is not None:
+            found.append(f", {correction.band} correction {correction.strength:g}")
+        return "".join(found)
 
     @property
     def description(self) -> str:
         titles = {"euler": "Euler", "heun": "Heun", "heun_repa": "REPA's Heun", "midpoint": "midpoint", "rk4": "RK4"}
         title = titles[self.solver]
-        return f"{title} {self.num_steps}{self.guidance.description}"
+        return f"{title} {self.num_steps}{self.guidance.description}{self.corrections}"
 
     @property
     def call_times(self) -> list[float] | None:
         """Paper time by which each velocity evaluation decides on guidance."""
+        # The corrector of heun_repa goes by the step's start.
+        return self._evaluated_at(repa_corrector=0.0)
+
+    def _evaluated_at(self, repa_corrector: float = 1.0) -> list[float]:
+        """Paper time of each velocity evaluation."""
         stages = {
             "euler": (0.0,),
             "heun": (0.0, 1.0),
-            "heun_repa": (0.0, 0.0),  # its corrector goes by the step's start
+            "heun_repa": (0.0, repa_corrector),
             "midpoint": (0.0, 0.5),
             "rk4": (0.0, 1 / 3, 2 / 3, 1.0),
         }

@@ -7,10 +7,11 @@ import json
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from mixflow.config.checks import check_pair
+from mixflow.config.checks import check_images, check_pair, check_slow_flow
 from mixflow.config.entries import Checkpoint, Classifier, Column, Pair, Row
+from mixflow.config.replicates import replicates
 from mixflow.config.samplers import Dopri5
-from mixflow.config.sources import RAE, SDVAE, ImageNet
+from mixflow.config.sources import RAE, SDVAE, Gaussian, ImageNet
 from mixflow.runtime.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -66,9 +67,7 @@ def _slice_stand_ins(config: Config) -> dict[str, Any]:
     }
     extractors = {name: files[0] for name, _, files in made("extractors")}
     resolutions = {
-        reference: dataset.resolution
-        for dataset in config.datasets.values()
-        for reference in (dataset.reference, *dataset.further_references)
+        reference: dataset.resolution for dataset in config.datasets.values() for reference in dataset.references
     }
     return {
         "folder": config.stand_ins.folder,
@@ -110,8 +109,11 @@ def _slice_cache_latents(config: Config, name: str) -> dict[str, Any]:
 
 
 def _slice_train(config: Config, name: str) -> dict[str, Any]:
-    train = config.get("checkpoints", name).train
+    checkpoint = config.get("checkpoints", name)
+    train = checkpoint.train
     if train is None:
+        if checkpoint.exact is not None:
+            raise UserError(f"checkpoints.{name} is an exact field: make it with make-exact instead of training it")
         raise UserError(f"checkpoints.{name} comes from a weights file: import it instead of training it")
     on_the_fly = {}
     if (pixels := config.latents[train.latents].encoded_from) is not None:
@@ -125,31 +127,116 @@ def _slice_train(config: Config, name: str) -> dict[str, Any]:
 
 
 def _slice_import_weights(config: Config, name: str) -> dict[str, Any]:
-    weights = config.get("checkpoints", name).weights
+    checkpoint = config.get("checkpoints", name)
+    weights = checkpoint.weights
     if weights is None:
+        if checkpoint.exact is not None:
+            raise UserError(f"checkpoints.{name} is an exact field: make it with make-exact instead of importing it")
         raise UserError(f"checkpoints.{name} is trained here: train it instead of importing it")
     published = {} if weights.download is None else {"source": config.downloads[weights.download].dump()}
     own = {**weights.dump("model", "latents", "interpolant"), **published, "model": config.network_options(name)}
     return {"checkpoint": name, "weights": own}
 
 
+def _slice_make_exact(config: Config, name: str) -> dict[str, Any]:
+    exact = config.get("checkpoints", name).exact
+    if exact is None:
+        raise UserError(f"checkpoints.{name} is no exact field: train or import it instead")
+    dataset = config.dataset_of(exact.latents)
+    known = {"spectrum": dataset.spectrum.dump()} if isinstance(dataset, Gaussian) and exact.kind == "gaussian" else {}
+    return {
+        "checkpoint": name,
+        "exact": {**exact.dump(), **known},
+        "model": config.network_options(name),
+        "autoencoder": config.autoencoder_of(exact.latents).settings(),
+    }
+
+
 def _slice_sample(config: Config, checkpoint: str, sampler: str) -> dict[str, Any]:
     check_pair(config, Pair(checkpoint, sampler))
+    check_images(config, checkpoint)
     origin = config.checkpoints[checkpoint].origin
     dataset = config.dataset_of(origin.latents)
     interpolant = {} if origin.interpolant is None else {"interpolant": origin.interpolant}
     guide = config.samplers[sampler].guidance.guide
+    shifted = getattr(config.samplers[sampler], "time_shift", None) is not None
     return {
         "checkpoint": checkpoint,
         "sampler_name": sampler,
         "sampler": config.samplers[sampler].dump(),
         "model": config.network_options(checkpoint),
         **({} if guide is None else {"guide_model": config.network_options(guide)}),
+        **({"clock": config.clock_of(checkpoint)} if shifted else {}),
         "autoencoder": config.autoencoder_of(origin.latents).settings(),
         "num_classes": dataset.num_classes,
         "resolution": dataset.resolution,
         **interpolant,
     }
+
+
+def _slice_train_clock(config: Config, name: str) -> dict[str, Any]:
+    entry = config.get("clocks", name)
+    channels, size = config.latent_shape(name)
+    return {"clock_name": name, "clock": entry.dump(), "latent_shape": [channels, size, size], **_read(config, name)}
+
+
+def _slice_slow_flow(config: Config, checkpoint: str, sampler: str) -> dict[str, Any]:
+    check_slow_flow(config, Pair(checkpoint, sampler))
+    assert config.slow_flow is not None
+    origin, entry = config.checkpoints[checkpoint].origin, config.samplers[sampler]
+    guide, clock = entry.guidance.guide, config.clock_of(checkpoint)
+    return {
+        "checkpoint": checkpoint,
+        "sampler_name": sampler,
+        # Labels are those of the real pairs, and no state is decoded.
+        "sampler": entry.dump("labels", "to_uint8"),
+        "model": config.network_options(checkpoint),
+        **({} if guide is None else {"guide_model": config.network_options(guide)}),
+        "num_classes": config.dataset_of(origin.latents).num_classes,
+        "interpolant": origin.interpolant,
+        **({} if clock is None else {"clock": clock}),
+        "slow_flow": config.slow_flow.dump(),
+        **_read(config, origin.latents),
+    }
+
+
+def _read(config: Config, latents: str) -> dict[str, Any]:
+    """Return what it takes to read a cache as latents, some of which are encoded from cached pixels."""
+    read: dict[str, Any] = {"autoencoder": config.autoencoder_of(latents).settings()}
+    if (pixels := config.latents[latents].encoded_from) is not None:
+        read |= {"encode": True, "pixel_autoencoder": config.autoencoder_of(pixels).settings()}
+    return read
+
+
+def _slice_slow_flow_figure(config: Config, name: str, sampler: str | None = None) -> dict[str, Any]:
+    """Return the slice of a figure entry, or of a checkpoint under a sampler beside the one that it starts from."""
+    if sampler is None:
+        figure = config.get("figures", name)
+        paper = {} if figure.paper is None else {"paper": figure.paper.dump()}
+        settings = {
+            "title": figure.title,
+            "sampler": figure.sampler,
+            "arms": [arm.dump() for arm in figure.arms],
+            **paper,
+        }
+    else:
+        check_slow_flow(config, Pair(name, sampler))
+        names = [before] if (before := config.parent(name)) is not None else []
+        arms = [{"checkpoint": shown, "label": shown} for shown in (*names, name)]
+        settings = {"title": f"Slow Flow of {name}", "sampler": sampler, "arms": arms}
+    settings["protocol"] = config.samplers[settings["sampler"]].description
+    if config.stand_ins is not None:
+        settings["title"] = f"REHEARSAL: {settings['title']}"
+    return settings
+
+
+def _slice_theory(config: Config) -> dict[str, Any]:
+    if config.theory is None:
+        raise UserError(
+            "theory: missing from the config, and nothing has a default: add spectra, dimensions, gammas, steps, held, "
+            "numbers, seed"
+        )
+    return {"theory": config.theory.dump()}
 
 
 def _slice_train_extractor(config: Config, name: str) -> dict[str, Any]:
@@ -176,6 +263,7 @@ def _slice_make_reference(config: Config, name: str) -> dict[str, Any]:
 
 def _slice_evaluate(config: Config, checkpoint: str, sampler: str, reference: str | None = None) -> dict[str, Any]:
     check_pair(config, Pair(checkpoint, sampler))
+    check_images(config, checkpoint)
     entry = config.samplers[sampler]
     known = config.references_of(checkpoint)
     name = reference or config.reference_of(checkpoint)
@@ -206,34 +294,70 @@ def network_calls(sampler: Any) -> int:
 
 def _slice_row(config: Config, table: str, name: str) -> dict[str, Any]:
     row = config.row(table, name)
-    columns = [
-        {"metric": column.metric, **_sampler_of(config, row, column)} if row.checkpoint else {"metric": column.metric}
-        for column in config.tables[table].columns
-    ]
     made_by = {} if row.checkpoint is None else {"made_by": _made_by(config, config.checkpoints[row.checkpoint])}
     own = list(dict.fromkeys((row.samplers or {}).values()))
     sampled_by = [f"{config.samplers[name].description} ({config.samplers[name].protocol})" for name in own]
     protocol = {"sampled_by": sampled_by} if sampled_by else {}
-    return {"table": table, "row": name, **row.dump("name", "samplers"), "columns": columns, **made_by, **protocol}
+    return {
+        "table": table,
+        "row": name,
+        **row.dump("name", "samplers"),
+        **_measured(config, table, row),
+        **made_by,
+        **protocol,
+        **_replicated(config, table, row),
+    }
 
 
-def _sampler_of(config: Config, row: Row, column: Column) -> dict[str, Any]:
+def _measured(config: Config, table: str, row: Row) -> dict[str, Any]:
+    columns = config.tables[table].columns
+    solvers = {config.samplers[column.sampler].solver for column in columns if column.sampler is not None}
+    shown = [
+        {"metric": column.metric, **_sampler_of(config, row, column, named=len(solvers) > 1)}
+        if row.checkpoint
+        else {"metric": column.metric}
+        for column in columns
+    ]
+    return {"columns": shown}
+
+
+def _replicated(config: Config, table: str, row: Row) -> dict[str, Any]:
+    """Return the replicates of a row and of its controls; nothing in a table without replicates."""
+    if config.tables[table].replicates is None or row.checkpoint is None:
+        return {}
+    made = [replicate._asdict() for replicate in replicates(config, table, row)]
+    controls = []
+    for name in row.controls:
+        control = config.row(table, name)
+        replicated = _replicated(config, table, control)["replicates"]
+        parts = {"row": name, "label": control.label, "replicates": replicated}
+        controls.append({**parts, **_measured(config, table, control)})
+    return {"replicates": made, **({"controls": controls} if controls else {})}
+
+
+def _sampler_of(config: Config, row: Row, column: Column, *, named: bool) -> dict[str, Any]:
+    """Return how a cell is sampled; with its solver (`named`) where the table has several."""
     name = row.sampler_of(column)
     sampler = config.samplers[name]
     steps = {} if isinstance(sampler, Dopri5) else {"num_steps": sampler.num_steps}
+    solver = {"solver": sampler.solver} if named else {}
     assert row.checkpoint is not None, "only measured rows are sampled"
     reference = config.reference_for(row.checkpoint, column.metric)
     other = {} if reference == config.reference_of(row.checkpoint) else {"reference": reference}
-    return {"sampler": name, **other, "guidance": sampler.guidance.scale, **steps}
+    return {"sampler": name, **other, "guidance": sampler.guidance.scale, **steps, **solver}
 
 
 def _made_by(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
+    if checkpoint.exact is not None:
+        return {"exact": checkpoint.exact.dump()}
     if checkpoint.weights is not None:
         weights = checkpoint.weights
         return {"file": weights.file if weights.download is None else config.downloads[weights.download].address}
     assert checkpoint.train is not None
     shown = ("init", "law", "gamma", "shift", "num_steps", "batch_size", "learning_rate", "seed")
-    return {key: checkpoint.train.dump()[key] for key in shown}
+    arms = ("input_perturbation", "self_rollout", "endpoint_target")
+    train = checkpoint.train.dump()
+    return {key: train[key] for key in (*shown, *arms) if key in train}
 
 
 def _slice_figure(config: Config, table: str, figure: str) -> dict[str, Any]:
@@ -242,11 +366,15 @@ def _slice_figure(config: Config, table: str, figure: str) -> dict[str, Any]:
         raise UserError(f"'{figure}' is not a figure of table '{table}'{did_you_mean(figure, entry.figures)}")
     arms = [{"label": row.label, "row": row.key, "checkpoint": row.checkpoint} for row in entry.rows if row.checkpoint]
     settings = {"table": table, "figure": figure, "arms": arms}
+    if entry.replicates is not None:  # what shows one training shows the first
+        for arm in arms:
+            arm["checkpoint"] = replicates(config, table, config.row(table, arm["row"]))[0].checkpoint
     if figure == "samples":  # those of the most careful sampler
         columns = [column for column in entry.columns if column.sampler is not None]
         shown = max(columns, key=lambda column: network_calls(config.samplers[column.sampler]))
         for arm in arms:
-            arm["sampler"] = config.row(table, arm["row"]).sampler_of(shown)
+            row = config.row(table, arm["row"])
+            arm["sampler"] = config.makers(table, row)[0][1][row.sampler_of(shown)]
         settings["title"] = config.samplers[shown.sampler].description
     return settings
 
@@ -259,7 +387,11 @@ def _slice_render(config: Config, name: str) -> dict[str, Any]:
         label = column.label or (sampler.description if sampler else "")
         columns.append({"label": label, "metric": column.metric})
         if sampler:
-            columns[-1] |= {"sampler": column.sampler or "", "protocol": sampler.protocol}
+            protocol = sampler.protocol
+            if table.replicates is not None:
+                seeds = ", ".join(map(str, table.replicates.sampling))
+                protocol = protocol.replace(sampler.seed_text, f"seeds {seeds}")
+            columns[-1] |= {"sampler": column.sampler or "", "protocol": protocol}
     rows = [row.key for row in table.rows]
     settings = {"table": name, "columns": columns, "rows": rows, **table.dump("columns", "rows")}
     if config.stand_ins is not None:
@@ -268,19 +400,38 @@ def _slice_render(config: Config, name: str) -> dict[str, Any]:
     return settings
 
 
+def _slice_report(config: Config) -> dict[str, Any]:
+    if config.report is None:
+        raise UserError("report: missing from the config: write what the page shows, as config.yaml does")
+    tables = {
+        name: {
+            "render": _slice_render(config, name),
+            "rows": [_slice_row(config, name, row.key) for row in config.get("tables", name).rows],
+        }
+        for name in config.report.tables
+    }
+    return {**config.report.dump(), "rehearsal": config.stand_ins is not None, "tables": tables}
+
+
 SLICES: dict[str, Callable[..., dict[str, Any]]] = {
     "stand_ins": _slice_stand_ins,
     "download": _slice_download,
     "cache_latents": _slice_cache_latents,
     "train": _slice_train,
     "import_weights": _slice_import_weights,
+    "make_exact": _slice_make_exact,
     "sample": _slice_sample,
+    "train_clock": _slice_train_clock,
+    "slow_flow": _slice_slow_flow,
+    "slow_flow_figure": _slice_slow_flow_figure,
+    "theory": _slice_theory,
     "train_extractor": _slice_train_extractor,
     "make_reference": _slice_make_reference,
     "evaluate": _slice_evaluate,
     "row": _slice_row,
     "figure": _slice_figure,
     "render": _slice_render,
+    "report": _slice_report,
 }
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, model_validator
 
 from mixflow.config import costs
-from mixflow.config.values import LIST, Count, Entry, Flag, Positive, Seed, Sha256
+from mixflow.config.values import LIST, Count, Entry, Flag, NonNegative, Positive, Seed, Sha256
 from mixflow.runtime.errors import UserError, did_you_mean
 
 # --- downloads -------------------------------------------------------------------------------------------------------
@@ -87,6 +88,14 @@ class Digits(Entry):
     def num_images(self) -> int:
         return NUM_DIGITS
 
+    @property
+    def num_training_images(self) -> int:
+        return NUM_DIGITS - self.num_held_out
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        return (self.reference, *self.further_references)
+
     @model_validator(mode="after")
     def _fits_the_data(self) -> Digits:
         if self.num_held_out >= NUM_DIGITS:
@@ -113,6 +122,98 @@ class ImageNet(Entry):
     def num_channels(self) -> int:
         return 3
 
+    @property
+    def num_training_images(self) -> int:
+        return self.num_images
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        return (self.reference, *self.further_references)
+
+
+class Flat(Entry):
+    """The same variance along every direction."""
+
+    kind: Literal["flat"]
+    variance: NonNegative
+
+    def variances(self, size: int) -> list[float]:
+        """Return the variances of `size` directions, the largest first."""
+        return [self.variance] * size
+
+
+class Spiked(Entry):
+    """A few directions of one variance among many of another, which may be 0: data on a plane in many dimensions."""
+
+    kind: Literal["spiked"]
+    num_spikes: Count
+    spike: Positive  # variance
+    rest: NonNegative  # variance
+
+    def variances(self, size: int) -> list[float]:
+        """Return the variances of `size` directions, the largest first."""
+        return [self.spike] * self.num_spikes + [self.rest] * (size - self.num_spikes)
+
+
+class PowerLaw(Entry):
+    """The i-th variance is in proportion to i^-exponent, as those of natural images about are."""
+
+    kind: Literal["power_law"]
+    exponent: Positive
+    mean: Positive  # of the variances
+
+    def variances(self, size: int) -> list[float]:
+        """Return the variances of `size` directions, the largest first."""
+        powers = [number**-self.exponent for number in range(1, size + 1)]
+        return [self.mean * size * power / sum(powers) for power in powers]
+
+
+Spectrum = Annotated[Flat | Spiked | PowerLaw, Field(discriminator="kind")]
+_SPECTRUM: TypeAdapter[Flat | Spiked | PowerLaw] = TypeAdapter(Spectrum)
+
+
+def spectrum_variances(spectrum: Mapping[str, Any], size: int) -> list[float]:
+    """Return the variance of each of `size` coordinates, from a spectrum as slices hold it."""
+    return _SPECTRUM.validate_python(dict(spectrum)).variances(size)
+
+
+class Gaussian(Entry):
+    """Draws [channels, resolution, resolution] of a Gaussian with mean 0 whose principal axes are its coordinates.
+
+    They are no images, and have no reference: what is known of them is exact.
+    """
+
+    kind: Literal["gaussian"]
+    channels: Count
+    resolution: Count
+    num_classes: Count
+    num_images: Count
+    spectrum: Spectrum
+    seed: Seed
+
+    @property
+    def num_channels(self) -> int:
+        return self.channels
+
+    @property
+    def num_training_images(self) -> int:
+        return self.num_images
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        return ()
+
+    @model_validator(mode="after")
+    def _fits_itself(self) -> Gaussian:
+        if self.num_classes != 1:
+            raise UserError(f"num_classes: {self.num_classes}, but draws of one Gaussian are of one class: write 1")
+        size = self.channels * self.resolution**2
+        if isinstance(self.spectrum, Spiked) and self.spectrum.num_spikes > size:
+            raise UserError(
+                f"spectrum.num_spikes: {self.spectrum.num_spikes} is more than the {size} dimensions: lower it"
+            )
+        return self
+
 
 class Pixels(Entry):
     """No autoencoder: latents are the pixels, scaled to [-1, 1]."""
@@ -137,6 +238,36 @@ class Pixels(Entry):
 
     def flops(self, use: Use, dataset: Dataset) -> int:
         """Return the FLOPs of this use on an image: none."""
+        return 0
+
+    def file_bytes(self, role: str, dataset: Dataset) -> int:
+        """Return the size of one of its files: there are none."""
+        return 0
+
+
+class Identity(Entry):
+    """No autoencoder, for datasets of numbers that are no pixels: latents are what is drawn."""
+
+    kind: Literal["identity"]
+
+    def files_for(self, *uses: Use) -> dict[str, str]:
+        """Return the downloads that these uses need, by role: none."""
+        return {}
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the latents, apart from the files."""
+        return self.dump()
+
+    def latent_shape(self, dataset: Dataset) -> tuple[int, int]:
+        """Return (channels, size) of the square latents of a dataset."""
+        return dataset.num_channels, dataset.resolution
+
+    def bytes_per_image(self, dataset: Dataset, mirrors: bool | None) -> int:
+        """Return what a cache keeps of a draw: its numbers, in single precision."""
+        return FULL_PRECISION * dataset.num_channels * dataset.resolution**2
+
+    def flops(self, use: Use, dataset: Dataset) -> int:
+        """Return the FLOPs of this use on a draw: none."""
         return 0
 
     def file_bytes(self, role: str, dataset: Dataset) -> int:
@@ -267,5 +398,5 @@ class Latents(Entry):
         return self
 
 
-Dataset = Annotated[Digits | ImageNet, Field(discriminator="kind")]
-Autoencoder = Annotated[Pixels | SDVAE | RAE, Field(discriminator="kind")]
+Dataset = Annotated[Digits | ImageNet | Gaussian, Field(discriminator="kind")]
+Autoencoder = Annotated[Pixels | Identity | SDVAE | RAE, Field(discriminator="kind")]

@@ -22,6 +22,8 @@ class ImageNet:
     label of an image depend on the names alone.
     """
 
+    dtype = np.dtype(np.uint8)
+
     def __init__(self, folder: str | os.PathLike[str], resolution: int, num_classes: int, num_images: int) -> None:
         """List the folder; nothing is opened. Raises `UserError` that names everything that is not as expected."""
         self.folder = Path(folder).expanduser() / "train"

@@ -1,4 +1,4 @@
-"""Image datasets: uint8 pixels, class labels, and the split into training and held-out images."""
+"""Datasets: uint8 pixels, class labels, and the split into training and held-out images; draws of a Gaussian."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 from PIL import Image
 
-from mixflow.runtime.seeds import Stream, permutation
+from mixflow.runtime.seeds import Stream, normal, permutation
+
+NUMBERS_AT_A_TIME = 2**20  # drawn, for the generator's words take several times their memory
 
 
 class Images(Protocol):
@@ -31,8 +34,13 @@ class Images(Protocol):
         """Height, width and channels of every image."""
         ...
 
+    @property
+    def dtype(self) -> np.dtype:
+        """What images are made of: uint8, or float32 of a dataset that holds no pixels."""
+        ...
+
     def read(self, position: int, out: np.ndarray) -> None:
-        """Write the image at `position` into `out`, uint8 [H,W,C]; raises an exception where it cannot be read."""
+        """Write the image at `position` into `out`, [H,W,C]; raises an exception where it cannot be read."""
         ...
 
     def name(self, position: int) -> str:
@@ -48,13 +56,17 @@ class Images(Protocol):
 class ImageSet:
     """Images of one split, all in memory."""
 
-    images: np.ndarray  # uint8 [N,H,W,C]
+    images: np.ndarray  # uint8 [N,H,W,C], or float32 where they are no pixels
     labels: np.ndarray  # int64 [N]
     indices: np.ndarray  # int64 [N], position in the whole dataset
 
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.images.shape[1:]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.images.dtype
 
     def read(self, position: int, out: np.ndarray) -> None:
         out[:] = self.images[position]
@@ -68,10 +80,10 @@ class ImageSet:
 
 def read_ahead(
     batches: Sequence[tuple[Images, range]],
-    buffers: tuple[np.ndarray, np.ndarray],  # uint8 [B,H,W,C] each
+    buffers: tuple[np.ndarray, np.ndarray],  # [B,H,W,C] each
     num_threads: int,
 ) -> Generator[tuple[np.ndarray, dict[str, str]]]:
-    """Yield (pixels uint8 [b,H,W,C], {unreadable image: reason}) of each batch of positions, in order.
+    """Yield (pixels [b,H,W,C], {unreadable image: reason}) of each batch of positions, in order.
 
     The next batch is read in threads (Pillow decodes without holding the interpreter) while the caller works on this
     one. Both live in the two buffers, so that no third batch is ever in memory: pixels are valid until the next one.
@@ -120,3 +132,22 @@ def load_digits(resolution: int, num_held_out: int, seed: int) -> dict[str, Imag
         name: ImageSet(images[chosen][..., None], labels[chosen].astype(np.int64), np.flatnonzero(chosen))
         for name, chosen in (("train", ~held_out), ("held_out", held_out))
     }
+
+
+def draw_gaussian(
+    variances: np.ndarray,  # [channels * resolution^2], in the order of a flattened [C,H,W]
+    channels: int,
+    resolution: int,
+    num_images: int,
+    seed: int,
+) -> dict[str, ImageSet]:
+    """Return {"train": draws of N(0, diag(variances))}, float32, of class 0; draw i depends on (seed, i) alone."""
+    shape = (channels, resolution, resolution)
+    std = torch.from_numpy(np.sqrt(variances)).reshape(shape).to(torch.float32)
+    draws = np.empty((num_images, resolution, resolution, channels), np.float32)
+    block = max(1, NUMBERS_AT_A_TIME // std.numel())
+    for start in range(0, num_images, block):
+        indices = torch.arange(start, min(start + block, num_images))
+        drawn = std * normal(seed, Stream.DATA, 0, indices, shape)
+        draws[start : start + len(indices)] = drawn.permute(0, 2, 3, 1).numpy()
+    return {"train": ImageSet(draws, np.zeros(num_images, np.int64), np.arange(num_images, dtype=np.int64))}

@@ -7,13 +7,19 @@ from mixflow.evaluation.images import ImageArchive, ImageFolder, open_images
 from mixflow.evaluation.inception import Inception, load_inception, tiny_inception_state_dict
 from mixflow.evaluation.inception_score import inception_score
 from mixflow.evaluation.kernel import kernel_distance
-from mixflow.evaluation.metrics import class_accuracy, memorisation, nearest_distances, variance_ratio
+from mixflow.evaluation.metrics import (
+    class_accuracy,
+    memorisation,
+    nearest_distances,
+    variance_ratio,
+    variance_ratio_influence,
+)
 from mixflow.evaluation.moments import Moments, moments
 from mixflow.evaluation.precision_recall import density_coverage, precision_recall
 from mixflow.evaluation.references import Reference, load_reference, measure, write_reference
 from mixflow.evaluation.resize import resize_tf1
 from mixflow.evaluation.statistics import read_statistics
-from mixflow.evaluation.uncertainty import Estimate, Spread, frechet_estimate, spread, standard_error
+from mixflow.evaluation.uncertainty import Estimate, Spread, frechet_estimate, mean_estimate, spread, standard_error
 
 __all__ = [
     "Classifier",
@@ -36,6 +42,7 @@ __all__ = [
     "load_classifier",
     "load_inception",
     "load_reference",
+    "mean_estimate",
     "measure",
     "memorisation",
     "moments",
@@ -50,5 +57,6 @@ __all__ = [
     "tiny_inception_state_dict",
     "train_classifier",
     "variance_ratio",
+    "variance_ratio_influence",
     "write_reference",
 ]

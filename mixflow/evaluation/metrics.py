@@ -44,6 +44,21 @@ def variance_ratio(samples: Array, reference: Array) -> float:
     return _total_variance(samples) / reference_variance
 
 
+def variance_ratio_influence(samples: Array, reference: Array) -> tuple[float, Tensor]:
+    """Return `variance_ratio` and how far each image pulls it, float64 [n].
+
+    The derivative by the weight of an image at the squared distance r from the mean image is a constant and
+    n / (n-1) r / tr cov(reference). `UserError` as there.
+    """
+    value = variance_ratio(samples, reference)
+    device = samples.device if isinstance(samples, Tensor) else torch.device("cpu")
+    block = _block_images(samples)
+    starts = range(0, len(samples), block)
+    mean = torch.stack([_flat(samples[i : i + block], device).sum(dim=0) for i in starts]).sum(dim=0) / len(samples)
+    squares = torch.cat([(_flat(samples[i : i + block], device) - mean).square().sum(dim=1) for i in starts])
+    return value, squares / (_total_variance(reference) * (len(samples) - 1) / len(samples))
+
+
 def nearest_distances(samples: Array, reference: Array) -> Tensor:
     """Return for each of `samples` [n, ...] its Euclidean distance to the nearest of `reference` [m, ...], float64 [n].
 

@@ -15,6 +15,7 @@ tests/unit/test_uncertainty.py holds all of them against sets drawn again.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from math import comb
@@ -42,6 +43,7 @@ class Estimate(NamedTuple):
 
     value: float
     standard_error: float | None  # None where there are too few images to tell
+    groups: tuple[float, ...] | None = None  # of `group_influences`; None where the metric has none
 
 
 class Spread(NamedTuple):
@@ -65,13 +67,13 @@ def frechet_estimate(mu: Array, sigma: Array, features: Array, factor: Array | N
     The latter is up to 1.7 times too large with one or two images per feature or fewer.
     """
     value, influence = frechet_influence(mu, sigma, features, factor)
-    return Estimate(value, standard_error(influence))
+    return mean_estimate(value, influence)
 
 
 def inception_score_estimate(logits: Array, split_size: int = 5000) -> Estimate:
     """Return `inception_score` with its standard error."""
     score, influence = inception_score_influence(logits, split_size)
-    return Estimate(score, standard_error(influence))
+    return mean_estimate(score, influence)
 
 
 def kid_estimate(
@@ -82,7 +84,7 @@ def kid_estimate(
     torch-fidelity's standard deviation over subsets is another thing: it hardly depends on the number of images.
     """
     distance = kernel_distance(reference, samples, num_subsets, subset_size, seed)
-    return Estimate(distance.mean, standard_error(distance.influence))
+    return mean_estimate(distance.mean, distance.influence)
 
 
 def precision_recall_estimate(
@@ -96,7 +98,7 @@ def precision_recall_estimate(
     """Return both numbers of `precision_recall` with standard errors; recall's takes the samples' radii as given."""
     counts = precision_recall_counts(reference, samples, k, mode, block_size, reference_radii)
     inside = (counts.balls > 0).double()
-    return Estimate(float(inside.mean()), standard_error(inside)), _share_estimate(counts)
+    return mean_estimate(float(inside.mean()), inside), _share_estimate(counts)
 
 
 def density_coverage_estimate(
@@ -104,22 +106,39 @@ def density_coverage_estimate(
 ) -> tuple[Estimate, Estimate]:
     """Return both numbers of `density_coverage` with standard errors."""
     counts = density_coverage_counts(reference, samples, k, reference_radii)
-    density = Estimate(float(counts.balls.mean() / k), standard_error(counts.balls / k))
+    density = mean_estimate(float(counts.balls.mean() / k), counts.balls / k)
     return density, _share_estimate(counts)
+
+
+def mean_estimate(value: float, influence: Tensor) -> Estimate:
+    """Return a metric that is to first order the mean of `influence` [n], in file order, with its sampling noise."""
+    return Estimate(value, standard_error(influence), group_influences(influence))
+
+
+def group_influences(influence: Tensor) -> tuple[float, ...] | None:
+    """Return what each group of consecutive images adds to the mean of the centred `influence` [n].
+
+    They add up to 0. Those of another model's images from the same noise and labels, subtracted one by one, are those
+    of the difference of the two metrics: what the two sets share cancels. Ten groups, or as many as have a thousand
+    images (each class of ImageNet once), but no more than fifty; None for fewer than 20 images.
+    """
+    if len(influence) < _FEWEST_IMAGES:
+        return None
+    num_groups = min(max(len(influence) // 1000, 10), 50)
+    # Sums and not means, so that groups of unequal size count by it.
+    groups = (influence - influence.mean()).tensor_split(num_groups)
+    return tuple((torch.stack([group.sum() for group in groups]) / len(influence)).tolist())
 
 
 def standard_error(influence: Tensor) -> float | None:
     """Return the standard error of the mean of `influence` [n], in file order; None for fewer than 20 images.
 
-    Ten groups, or as many as have a thousand images (each class of ImageNet once), but no more than fifty: the result
-    is good to 24 % of itself with ten groups, to 10 % with fifty.
+    (G / (G-1) Σ c²)^½ over the G `group_influences` c: good to 24 % of itself with ten groups, to 10 % with fifty.
     """
-    num_groups = min(max(len(influence) // 1000, 10), 50)
-    if len(influence) < _FEWEST_IMAGES:
+    groups = group_influences(influence)
+    if groups is None:
         return None
-    # Sums and not means, so that groups of unequal size count by it.
-    sums = torch.stack([group.sum() for group in (influence - influence.mean()).tensor_split(num_groups)])
-    return float((sums.square().sum() * num_groups / (num_groups - 1)).sqrt() / len(influence))
+    return math.sqrt(len(groups) / (len(groups) - 1) * math.fsum(c * c for c in groups))
 
 
 def _share_estimate(counts: Counts) -> Estimate:

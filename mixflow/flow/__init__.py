@@ -4,8 +4,15 @@ Time runs as in the paper: t=0 is noise, t=1 is data. Everything here is a pure 
 """
 
 from mixflow.flow.interpolants import GVP, INTERPOLANTS, Interpolant, Linear
-from mixflow.flow.loss import flow_matching_loss
-from mixflow.flow.time_laws import LAWS, draw_time_pair, shift_time, time_pair
+from mixflow.flow.loss import endpoint_target, flow_matching_loss, self_rollout_loss
+from mixflow.flow.time_laws import (
+    LAWS,
+    conditional_input_times,
+    draw_time_pair,
+    input_time_density,
+    shift_time,
+    time_pair,
+)
 
 __all__ = [
     "GVP",
@@ -13,8 +20,12 @@ __all__ = [
     "LAWS",
     "Interpolant",
     "Linear",
+    "conditional_input_times",
     "draw_time_pair",
+    "endpoint_target",
     "flow_matching_loss",
+    "input_time_density",
+    "self_rollout_loss",
     "shift_time",
     "time_pair",
 ]

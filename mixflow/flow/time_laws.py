@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -33,10 +35,7 @@ def time_pair(
     pairs equally likely. With a shift the order is law, shift, slowing: m is drawn below the shifted t (as the authors'
     RAE code has it). Raises `UserError` for an unknown law, gamma outside [0, 1] and shift <= 0.
     """
-    if law not in LAWS:
-        raise UserError(f"'{law}' is not a law of time{did_you_mean(law, LAWS)}")
-    if not 0 <= gamma <= 1:
-        raise UserError(f"gamma is {gamma}: it must lie in [0, 1], where 0 is no slowing (the paper uses 0.8 for SiT)")
+    _check_law(law, gamma)
     u_t, u_m, u_other = uniforms
     t = shift_time(_label_time(u_t, law), shift)
     if law in ("uniform", "logit_normal", "beta"):
@@ -66,6 +65,36 @@ def draw_time_pair(
     return time_pair(uniforms, law, gamma, shift)
 
 
+def input_time_density(m: Tensor, gamma: float) -> Tensor:
+    """Return the density of MixFlow's m on [0, 1], without a shift: 2/gamma (min(1, m / (1 - gamma)) - m).
+
+    Its mean is (2/3) (1 - gamma / 2). gamma lies in (0, 1].
+    """
+    ceiling = torch.ones_like(m) if gamma == 1 else (m / (1 - gamma)).clamp(max=1)
+    return 2 / gamma * (ceiling - m)
+
+
+def conditional_input_times(
+    law: str, gamma: float, t: float
+) -> tuple[tuple[float, ...], Callable[[Tensor], Tensor]] | None:
+    """Return the law of m given what the network is told, t, without a shift; None where m = t.
+
+    It is a pair: ascending times between which the density q(m | t) is smooth and beyond which it is 0, and the density
+    up to a factor.
+    Raises `UserError` as `time_pair` does, and for a law with slowing and gamma 0.
+    """
+    _check_law(law, gamma)
+    if law in ("uniform", "logit_normal", "beta", "matched"):
+        return None
+    if law in ("uniform_any", "beta_any"):
+        return (0.0, 1.0), torch.ones_like
+    if gamma == 0:
+        raise UserError(f"gamma is 0 under the law '{law}', which slows by it: give one above 0, or take law beta")
+    if law == "blind":
+        return (0.0, *([1 - gamma] if gamma < 1 else []), 1.0), lambda m: input_time_density(m, gamma)
+    return ((1 - gamma) * t, t), torch.ones_like
+
+
 def shift_time(t: Tensor, shift: float) -> Tensor:
     """Return shifted paper time, in [0, 1] like t; shift > 1 moves mass towards noise, 1 leaves all as it is.
 
@@ -75,6 +104,13 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
     if not shift > 0:
         raise UserError(f"shift is {shift}: it must be positive, where 1 is no shift")
     return t / (1 + (shift - 1) * (1 - t))
+
+
+def _check_law(law: str, gamma: float) -> None:
+    if law not in LAWS:
+        raise UserError(f"'{law}' is not a law of time{did_you_mean(law, LAWS)}")
+    if not 0 <= gamma <= 1:
+        raise UserError(f"gamma is {gamma}: it must lie in [0, 1], where 0 is no slowing (the paper uses 0.8 for SiT)")
 
 
 def _label_time(u: Tensor, law: str) -> Tensor:

@@ -32,6 +32,8 @@ def export_weights(
     found = describe_weights(weights)
     if found["family"] is None:
         raise UserError(f"'{weights}' holds {found['architecture']}, which no peer here loads: name other weights")
+    if found["family"] in ("gaussian", "mixture"):
+        raise UserError(f"'{weights}' holds {found['architecture']}, which no peer has: name weights of a network")
     net = load_model(found["family"], weights)
     state = {name: tensor.detach() for name, tensor in net.state_dict().items()}
     if velocity_head and isinstance(net, SiT) and net.options.get("learn_sigma"):

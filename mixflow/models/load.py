@@ -14,6 +14,7 @@ import torch
 
 from mixflow.config import SIT_SIZES
 from mixflow.models.dit_dh import DiTDH
+from mixflow.models.exact import GaussianField, MixtureField
 from mixflow.models.network import VelocityNetwork
 from mixflow.models.repa import REPA
 from mixflow.models.sit import SiT
@@ -21,13 +22,20 @@ from mixflow.models.weights import Weights, check_fit, read_weights
 from mixflow.runtime.errors import UserError, did_you_mean
 from mixflow.runtime.weights_header import guess_architecture, guess_family, options_from_shapes
 
-FAMILIES: dict[str, type[VelocityNetwork]] = {"sit": SiT, "repa": REPA, "rae": DiTDH}
+FAMILIES: dict[str, type[VelocityNetwork]] = {
+    "sit": SiT,
+    "repa": REPA,
+    "rae": DiTDH,
+    "gaussian": GaussianField,
+    "mixture": MixtureField,
+}
 
 _HEADS = {size["hidden_size"]: size["num_heads"] for size in SIT_SIZES.values()}
 _ENCODER_DEPTH = 8  # REPA's default
 
 # What shapes may not tell: option -> what a file that does not say it must mean, None where that cannot be known.
 _UNTOLD: dict[str, Callable[[Mapping[str, Any]], int | None]] = {
+    "num_classes": lambda sizes: None,  # of an exact field
     "depth": lambda sizes: None,  # of a DiT-DH whose trunk and head are equally wide
     "num_heads": lambda sizes: _HEADS.get(sizes["hidden_size"]),
     # Without projectors it means nothing.
@@ -38,7 +46,7 @@ _UNTOLD: dict[str, Callable[[Mapping[str, Any]], int | None]] = {
 
 
 def load_model(
-    family: str,  # "sit" | "repa" | "rae"
+    family: str,  # "sit" | "repa" | "rae", or of an exact field "gaussian" | "mixture"
     weights: str | os.PathLike[str] | Mapping[str, Any],  # file, or state dict (wrapped or flat)
     **options: Any,  # what shapes cannot tell: num_heads of unlisted widths, label_dropout; others are checked
 ) -> VelocityNetwork:
@@ -54,6 +62,8 @@ def load_model(
 
     Of rae, sizes are pairs (trunk, head). Shapes tell everything but the label_dropout, and the depth where the two are
     equally wide.
+
+    Of an exact field, law and gamma come from our own metadata, else from the options, else the law is uniform.
 
     Raises `UserError` for an unknown family or option, an unreadable file, and weights of another architecture.
     """
@@ -98,7 +108,9 @@ def describe_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
     }
     if family is not None:
         sizes = _sizes(family, read, read.told)
-        untold = {"depth": None} if family == "rae" else {"num_heads": _HEADS.get(sizes["hidden_size"])}
+        untold: dict[str, Any] = {"depth": None} if family == "rae" else {}
+        if family in ("sit", "repa"):
+            untold = {"num_heads": _HEADS.get(sizes["hidden_size"])}
         description |= untold | sizes | read.told
         if family == "sit" and "family" not in read.told and not sizes["learn_sigma"]:
             description["architecture"] = "a SiT network, or a REPA network without projectors: names cannot tell"
@@ -126,14 +138,17 @@ def _options(family: str, read: Weights, given: dict[str, Any]) -> dict[str, Any
     if read.told.get("family", family) != family:
         raise UserError(f"{read.source} holds a network of family '{read.told['family']}', not '{family}': correct one")
     known = _parameters(FAMILIES[family])
-    words = [name for name in (*_UNTOLD, "label_dropout") if name in read.told and name in known]
+    words = [name for name in (*_UNTOLD, "label_dropout", "law", "gamma") if name in read.told and name in known]
     told = given | {name: read.told[name] for name in words}
     sizes = _sizes(family, read, told)
     for name, default in _UNTOLD.items():
         if name in known and name not in sizes:
             sizes[name] = told.get(name, default(sizes))
             if sizes[name] is None:
-                held = " and ".join(f"{size} {sizes[size]}" for size in ("hidden_size", "depth") if sizes.get(size))
+                held = (
+                    " and ".join(f"{size} {sizes[size]}" for size in ("hidden_size", "depth") if sizes.get(size))
+                    or "a field"
+                )
                 raise UserError(f"{read.source} has {held}, from which {name} cannot be told: give the option {name}")
     for name, value in given.items():
         found = sizes.get(name, value)
@@ -167,6 +182,8 @@ def _check_option_names(family: str, options: Mapping[str, Any]) -> None:
 
 
 def _check_numbers(options: Mapping[str, Any]) -> None:
+    if "hidden_size" not in options:  # an exact field
+        return
     if "patch_size" not in options:
         _check_pairs(options)
         return

@@ -19,6 +19,10 @@ def latents(name: str) -> str:
     return f"results/latents/{name}/index.json"
 
 
+def clock(latents: str) -> str:
+    return f"results/clocks/{latents}/model.safetensors"
+
+
 def extractor(name: str) -> str:
     return f"results/extractors/{name}/model.safetensors"
 
@@ -56,6 +60,19 @@ def metrics(checkpoint: str, sampler: str, reference: str | None = None) -> str:
     return f"results/metrics/{checkpoint}/{sampler}/{further}metrics.json"
 
 
+def slow_flow(checkpoint: str, sampler: str, ending: str = "json") -> str:
+    return f"results/slow_flow/{checkpoint}/{sampler}/slow_flow.{ending}"
+
+
+def comparison(figure: str) -> str:
+    """Return the Slow Flow of several checkpoints, an entry of the figures."""
+    return f"results/slow_flow/{figure}.png"
+
+
+def theory(ending: str) -> str:
+    return f"results/theory/theory.{ending}"
+
+
 def row(table: str, name: str) -> str:
     return f"results/tables/{table}/{name}.json"
 
@@ -66,6 +83,10 @@ def figure(table: str, name: str) -> str:
 
 def table(name: str, ending: str) -> str:
     return f"results/tables/{name}.{ending}"
+
+
+def report() -> str:
+    return "results/report/index.html"
 
 
 def record(path: str) -> str:

@@ -32,6 +32,9 @@ class Stream(IntEnum):
     DATA_ORDER = 7
     SPLIT = 8  # which images are held out
     INIT = 9  # initial weights
+    PERTURBATION = 10  # of the input's noise, in input perturbation
+    COORDINATES = 20  # which coordinates of large latents are looked at
+    DATA = 30  # x1, where the dataset is drawn
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:

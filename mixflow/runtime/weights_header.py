@@ -16,6 +16,8 @@ METADATA_KEY = "mixflow"
 
 # A fragment of a key name that only this architecture has, and what to call it; the first match counts.
 _ARCHITECTURES = (
+    ("component_labels", "the exact field of a mixture"),
+    ("variances", "the exact field of a Gaussian"),
     ("decoder_blocks.", "a REPA network under its legacy key names"),
     ("projectors.", "a REPA network"),
     ("r_embedder.", "a MeanFlow network of two times, as mf-rae's"),
@@ -35,6 +37,8 @@ _FAMILIES = {
     "a REPA network": "repa",
     "a REPA network under its legacy key names": "repa",
     "an RAE network (DiT with a wide head)": "rae",
+    "the exact field of a Gaussian": "gaussian",
+    "the exact field of a mixture": "mixture",
 }
 _BACKBONE_KEYS = (
     "pos_embed",
@@ -138,7 +142,7 @@ def legacy_encoder_depth(names: Iterable[str]) -> int | None:
 
 
 def options_from_shapes(
-    family: str,  # "sit" | "repa" | "rae"
+    family: str,  # "sit" | "repa" | "rae" | "gaussian" | "mixture"
     shapes: Mapping[str, tuple[int, ...]],  # weight name, as stored or plain -> shape
     *,
     source: str = "the weights",  # what to call them in messages
@@ -151,7 +155,7 @@ def options_from_shapes(
     width.
     """
     found = guess_family(shapes)
-    if found in ("repa", "rae") and found != family:  # a SiT may be a REPA network without projectors
+    if found not in (None, "sit") and found != family:  # a SiT may be a REPA network without projectors
         raise UserError(f"{source} seems to hold {guess_architecture(shapes)}: use the family '{found}'")
     told = {} if (depth := legacy_encoder_depth(shapes)) is None else {"encoder_depth": depth}
     names = plain_names(shapes)
@@ -220,10 +224,31 @@ def _rae_options(shapes: Mapping[str, tuple[int, ...]], source: str, null_row: b
     )
 
 
+def _gaussian_options(shapes: Mapping[str, tuple[int, ...]], source: str, null_row: bool) -> dict[str, Any]:
+    return _exact_options("mean", shapes, source) | {"axes": "basis" not in shapes}
+
+
+def _mixture_options(shapes: Mapping[str, tuple[int, ...]], source: str, null_row: bool) -> dict[str, Any]:
+    options = _exact_options("components", shapes, source)
+    return options | {"num_components": shapes["components"][0]}
+
+
+def _exact_options(name: str, shapes: Mapping[str, tuple[int, ...]], source: str) -> dict[str, Any]:
+    *_, channels, height, width = shapes.get(name, (0, 0, -1))
+    if height != width:
+        raise UserError(
+            f"{source} cannot be loaded as an exact field, for it has no square '{name}' and seems to hold "
+            f"{guess_architecture(shapes)}: correct the path or the family"
+        )
+    return {"input_size": height, "in_channels": channels}
+
+
 _READERS: dict[str, Callable[[Mapping[str, tuple[int, ...]], str, bool], dict[str, Any]]] = {
     "sit": _sit_options,
     "repa": _repa_options,
     "rae": _rae_options,
+    "gaussian": _gaussian_options,
+    "mixture": _mixture_options,
 }
 
 

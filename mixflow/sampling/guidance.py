@@ -19,13 +19,14 @@ EDGE = 1e-6
 class GuidedVelocity(Protocol):
     """A velocity with guidance; solvers that know nothing of guidance call it with x and t alone.
 
-    One t holds for the whole batch, so that where guidance acts is decided once per call and on the host.
+    One t holds for the whole batch, so that where guidance acts is decided once per call and on the host; only what the
+    network is told may differ between samples, and then `decided_at` has to be given.
     """
 
     def __call__(
         self,
         x: Tensor,  # [B,C,H,W]
-        t: Tensor,  # 0-dim
+        t: Tensor,  # 0-dim, or [B] on the device of x
         decided_at: Tensor | None = None,  # 0-dim, the time that must lie in the interval; None: t itself
     ) -> Tensor: ...
 
@@ -97,17 +98,17 @@ def autoguided_velocity(
 
 
 class CountedNetwork:
-    """A network that counts what it is asked: `rows` over the number of images is the cost of one image."""
+    """A network or clock that counts what it is asked: `rows` over the number of images is the cost of one image."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Callable[..., Tensor]) -> None:
         self.network = network
         self.calls = 0
         self.rows = 0
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, *told: Tensor) -> Tensor:
         self.calls += 1
         self.rows += len(x)
-        return self.network(x, t, y)
+        return self.network(x, *told)
 
 
 def _interval_test(interval: tuple[float, float]) -> Callable[[Tensor], bool]:
@@ -120,8 +121,11 @@ def _interval_test(interval: tuple[float, float]) -> Callable[[Tensor], bool]:
 
 def _call(network: Network, x: Tensor, t: Tensor, y: Tensor, network_dtype: torch.dtype | None) -> Tensor:
     inputs = x if network_dtype is None else x.to(network_dtype)
-    # Filled from a host number: solvers keep t on the CPU, so that no step waits for the device.
-    at = torch.full((len(inputs),), float(t), dtype=inputs.dtype, device=inputs.device)
+    if t.ndim:
+        at = t.to(inputs.dtype).repeat(len(inputs) // len(t))  # guided inputs stand there twice
+    else:
+        # Filled from a host number: solvers keep t on the CPU, so that no step waits for the device.
+        at = torch.full((len(inputs),), float(t), dtype=inputs.dtype, device=inputs.device)
     return network(inputs, at, y).to(x.dtype)
 
 

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from mixflow.flow import INTERPOLANTS, Interpolant
 from mixflow.runtime.errors import UserError, did_you_mean
+from mixflow.sampling.corrections import Correction
 
 Velocity = Callable[..., Tensor]  # (x [B,...], t 0-dim) -> [B,...]; `heun_repa` adds a third argument
+Step = Callable[[Velocity, Tensor, Tensor, Tensor], Tensor]  # (velocity, x, t, t_next) -> the state at t_next
 Callback = Callable[[int, Tensor, Tensor], object]  # (k, x_k, t_k) for k = 0 (the noise) ... N (the result)
 
 
@@ -40,15 +42,18 @@ def sample(
 
 
 def fixed_step(
-    step: Callable[[Velocity, Tensor, Tensor, Tensor], Tensor],
+    step: Step,
     velocity: Velocity,
     x: Tensor,
     times: Tensor,
     *,
+    correction: Correction | None = None,  # of the state after each step
     callback: Callback | None = None,
 ) -> Tensor:
     """One `step` per interval. A sample does not depend on the others in its batch."""
     velocity = _at_state_dtype(velocity)
+    if correction is not None:
+        step = _corrected(step, correction)
     for k in range(len(times) - 1):
         if callback:
             callback(k, x, times[k])
@@ -56,6 +61,23 @@ def fixed_step(
     if callback:
         callback(len(times) - 1, x, times[-1])
     return x
+
+
+def _corrected(step: Step, correction: Correction) -> Step:
+    """Return the step with its end corrected, given the data estimate of its last call on the linear path."""
+
+    def corrected_step(v: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+        estimates = []
+
+        def watched(x: Tensor, at: Tensor) -> Tensor:
+            slope = v(x, at)
+            estimates.append(x + (1 - at) * slope)
+            return slope
+
+        x_next = step(watched, x, t, t_next)
+        return correction(x_next, estimates[-1], t)
+
+    return corrected_step
 
 
 def euler_step(v: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:

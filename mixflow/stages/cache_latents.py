@@ -18,9 +18,9 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from mixflow.autoencoders import Autoencoder, load_autoencoder
-from mixflow.config import slice_key
+from mixflow.config import slice_key, spectrum_variances
 from mixflow.data.imagenet import ImageNet
-from mixflow.data.images import Images, load_digits, read_ahead
+from mixflow.data.images import Images, draw_gaussian, load_digits, read_ahead
 from mixflow.data.latents import FORMAT, LatentSplit, shard_entry, write_shard
 from mixflow.runtime.devices import start_accelerator
 from mixflow.runtime.errors import UserError, did_you_mean
@@ -51,11 +51,15 @@ class _Unreadable(Exception):
 
 def load_images(dataset: dict[str, Any], folder: Path | None = None) -> dict[str, Images]:
     """Return the splits of a resolved dataset entry; `folder` is where the files of an imagenet lie."""
-    kinds = ("digits", "imagenet")
+    kinds = ("digits", "imagenet", "gaussian")
     if dataset["kind"] not in kinds:
         raise UserError(f"dataset kind '{dataset['kind']}' is not known{did_you_mean(dataset['kind'], kinds)}")
     if dataset["kind"] == "digits":
         return dict(load_digits(dataset["resolution"], dataset["num_held_out"], dataset["seed"]))
+    if dataset["kind"] == "gaussian":
+        channels, resolution = dataset["channels"], dataset["resolution"]
+        variances = np.array(spectrum_variances(dataset["spectrum"], channels * resolution**2))
+        return dict(draw_gaussian(variances, channels, resolution, dataset["num_images"], dataset["seed"]))
     if folder is None:
         raise UserError("the images of a dataset of kind imagenet lie in a folder: name the one that holds train/")
     numbers = (dataset[key] for key in ("resolution", "num_classes", "num_images"))
@@ -98,7 +102,7 @@ def cache_latents(
         num_images = sum(len(split.labels) for split in splits.values())
         num_missing = sum(len(shard.positions) for shard in missing)
         if missing:
-            _check_room(settings, codec, missing[0].images.shape, num_images, num_missing, out.parent)
+            _check_room(settings, codec, missing[0].images, num_images, num_missing, out.parent)
         accelerator.wait_for_everyone()  # all have looked before anyone writes
         folder = work.path if accelerator.is_main_process else None
         progress = Progress(name, num_images, "image", num_images - num_missing, folder=folder)
@@ -185,13 +189,13 @@ def make_index(
 def _check_room(
     settings: dict[str, Any],
     codec: Autoencoder,
-    shape: tuple[int, int, int],  # of an image
+    images: Images,
     num_images: int,  # of the whole cache
     num_missing: int,
     folder: Path,
 ) -> None:
     """Say what the images that are still missing take, and raise `UserError` unless the disk has room for them."""
-    blank = torch.zeros((1, *shape), dtype=torch.uint8)
+    blank = torch.from_numpy(np.zeros((1, *images.shape), images.dtype))
     with torch.inference_mode():
         per_image = codec.encode(blank).nbytes + LABEL_AND_INDEX_BYTES
     needed, free = num_missing * per_image, free_bytes(folder)
@@ -201,7 +205,7 @@ def _check_room(
         return
     less = ""
     if settings["autoencoder"]["kind"] == "rae":
-        pixels = num_images * (math.prod(shape) + LABEL_AND_INDEX_BYTES)
+        pixels = num_images * (math.prod(images.shape) + LABEL_AND_INDEX_BYTES)
         less = f", or train on the fly (encoded_from), which takes {_size(pixels)} for the pixels and nothing else"
     raise UserError(
         f"the latents '{name}' need {_size(needed)} for {num_missing:,} images but '{folder}' has {_size(free)} free: "
@@ -233,7 +237,7 @@ def _encode_shards(
     starts = [(shard, range(0, len(shard.positions), batch)) for shard in shards]
     batches = [(shard.images, shard.positions[at : at + batch]) for shard, ats in starts for at in ats]
     threads = workers or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    buffers = _pixel_buffers(batch, shards[0].images.shape, accelerator.device)
+    buffers = _pixel_buffers(batch, shards[0].images, accelerator.device)
     with contextlib.closing(read_ahead(batches, buffers, threads)) as reading:
 
         def encoded(shard: Shard) -> Iterator[np.ndarray]:
@@ -264,10 +268,12 @@ def _encode_shards(
     return entries, unreadable
 
 
-def _pixel_buffers(batch: int, shape: tuple[int, ...], device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+def _pixel_buffers(batch: int, images: Images, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
     """Two buffers for a batch of images: one is read into while the other is encoded; pinned where there is a GPU."""
     pinned = device.type == "cuda"
-    first, second = (torch.empty((batch, *shape), dtype=torch.uint8, pin_memory=pinned).numpy() for _ in range(2))
+    dtype = torch.from_numpy(np.empty(0, images.dtype)).dtype
+    shape = (batch, *images.shape)
+    first, second = (torch.empty(shape, dtype=dtype, pin_memory=pinned).numpy() for _ in range(2))
     return first, second
 
 

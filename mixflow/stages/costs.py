@@ -34,21 +34,31 @@ START_SECONDS = {
     "cache_latents": 8.0,
     "train": 7.0,
     "import_weights": 6.0,
+    "make_exact": 6.0,
+    "theory": 40.0,
     "sample": 7.0,
     "train_extractor": 6.0,
+    "train_clock": 7.0,
+    "slow_flow": 12.0,
+    "slow_flow_figure": 2.0,
+    "slow_flow_comparison": 3.0,
     "make_reference": 4.0,
     "evaluate": 4.0,
     "evaluate_further": 6.0,
     "stand_ins": 20.0,
     "figure": 2.0,
     "render": 0.5,
+    "report": 3.0,
     "row": 0.5,
     "download": 0.5,
 }
 COMPILE_SECONDS = 60.0  # torch.compile, before the first step on a GPU
 HEAD_SECONDS = 10.0  # Snakemake's own, for its start and its decisions
 
-_GPU_WIDTH = {"cache_latents": 8, "train": 8, "sample": 8, "make_reference": 1, "evaluate": 1, "evaluate_further": 1}
+_GPU_WIDTH = {
+    "cache_latents": 8, "train": 8, "sample": 8, "train_clock": 1, "slow_flow": 8, "make_reference": 1, "evaluate": 1,
+    "evaluate_further": 1,
+}  # fmt: skip
 _MANY_THREADS = 16  # of cache_latents, to read images
 
 
@@ -102,6 +112,8 @@ class Works:
             "cache_latents": self._cache_latents,
             "train": self._train,
             "sample": self._sample,
+            "train_clock": self._train_clock,
+            "slow_flow": self._slow_flow,
             "train_extractor": self._train_extractor,
             "make_reference": self._make_reference,
             "evaluate": self._evaluate,
@@ -110,7 +122,7 @@ class Works:
         return makers[job.rule](*job.names) if job.rule in makers else None
 
     def _latents(self, job: Job) -> str:
-        if job.rule == "cache_latents":
+        if job.rule in ("cache_latents", "train_clock"):
             return job.names[0]
         if job.rule == "make_reference":
             return self.config.references[job.names[0]].latents or ""
@@ -138,15 +150,15 @@ class Works:
         assert train is not None
         assert train.model is not None
         size = self.config.latent_shape(train.latents)[1]
-        flops: dict[str, float] = {train.precision: TRAINING * float(self.config.flops(name))}
+        passes = float(TRAINING)
+        if train.self_rollout is not None and train.self_rollout.weight > 0:
+            passes += 1 + TRAINING  # the step without gradient, and training where it ends
+        flops: dict[str, float] = {train.precision: passes * self.config.flops(name)}
         if train.align is not None:
             assert isinstance(train.model, REPA)
             extractor = self.config.encoders[train.align.encoder].flops((size // train.model.patch_size) ** 2)
             flops[train.precision] += TRAINING * train.model.projector_flops(size) + self._peers(extractor)
-        if self.config.latents[train.latents].encoded_from is not None:
-            autoencoder, dataset = self.config.autoencoder_of(train.latents), self.config.dataset_of(train.latents)
-            precision = getattr(autoencoder, "precision", "fp32")
-            flops[precision] = flops.get(precision, 0.0) + self._peers(autoencoder.flops("encode", dataset))
+        self._add_encoding(flops, train.latents)
         return Work(
             train.num_steps * train.batch_size,
             flops,
@@ -156,21 +168,55 @@ class Works:
 
     def _sample(self, checkpoint: str, name: str) -> Work:
         sampler, latents = self.config.samplers[name], self.config.latents_of(checkpoint)
-        network, guide = self.config.flops(checkpoint), sampler.guidance.guide
-        times = sampler.call_times or []
-        guided = sum(sampler.guidance.acts_at(t) for t in times)
-        flops = float(len(times) * network + guided * (self.config.flops(guide) if guide else network))
+        flops = self._network_flops(checkpoint, name)
         autoencoder = self.config.autoencoder_of(latents)
         by_precision: dict[str, float] = {sampler.precision: flops}
         precision = getattr(autoencoder, "precision", "fp32")
         decoding = self._peers(autoencoder.flops("decode", self.config.dataset_of(latents)))
         by_precision[precision] = by_precision.get(precision, 0.0) + decoding
+        if (read := len(getattr(sampler, "clock_times", ()))) and (clock := self.config.clock_of(checkpoint)):
+            reading = read * self.config.clocks[clock].flops(*self.config.latent_shape(latents))
+            by_precision["fp32"] = by_precision.get("fp32", 0.0) + reading
         return Work(
             sampler.num_images,
             by_precision,
             _key(self.config.network_options(checkpoint), sampler.precision),
             countable=sampler.call_times is not None,
         )
+
+    def _network_flops(self, checkpoint: str, name: str) -> float:
+        """Return the FLOPs of the networks while one image is sampled."""
+        sampler, network = self.config.samplers[name], self.config.flops(checkpoint)
+        guide, times = sampler.guidance.guide, sampler.call_times or []
+        guided = sum(sampler.guidance.acts_at(t) for t in times)
+        return float(len(times) * network + guided * (self.config.flops(guide) if guide else network))
+
+    def _add_encoding(self, flops: dict[str, float], latents: str) -> None:
+        """Add what it takes to encode an image, where latents have no cache."""
+        if self.config.latents[latents].encoded_from is not None:
+            autoencoder, dataset = self.config.autoencoder_of(latents), self.config.dataset_of(latents)
+            precision = getattr(autoencoder, "precision", "fp32")
+            flops[precision] = flops.get(precision, 0.0) + self._peers(autoencoder.flops("encode", dataset))
+
+    def _train_clock(self, latents: str) -> Work:
+        entry = self.config.clocks[latents]
+        flops: dict[str, float] = {entry.precision: TRAINING * float(entry.flops(*self.config.latent_shape(latents)))}
+        self._add_encoding(flops, latents)
+        return Work(entry.num_steps * entry.batch_size, flops, _key(entry.width, latents))
+
+    def _slow_flow(self, checkpoint: str, name: str) -> Work:
+        """Two trajectories of the network; of the two nulls as many calls, each two products with the axes."""
+        sampler, latents = self.config.samplers[name], self.config.latents_of(checkpoint)
+        assert self.config.slow_flow is not None
+        channels, size = self.config.latent_shape(latents)
+        calls, numbers = len(sampler.call_times or []), channels * size**2
+        flops: dict[str, float] = {sampler.precision: 2 * self._network_flops(checkpoint, name)}
+        axes = numbers if numbers <= self.config.slow_flow.max_axes else 0
+        flops["fp32"] = flops.get("fp32", 0.0) + 4.0 * calls * 4 * numbers * axes
+        if (clock := self.config.clock_of(checkpoint)) is not None:
+            flops["fp32"] += 4.0 * calls * self.config.clocks[clock].flops(channels, size)  # every state, of four kinds
+        self._add_encoding(flops, latents)
+        return Work(sampler.num_images, flops, _key(self.config.network_options(checkpoint), sampler.precision))
 
     def _train_extractor(self, name: str) -> Work:
         entry = self.config.extractors[name]
@@ -303,6 +349,7 @@ def _device(told: Mapping[str, Any]) -> str:
 _CHEAP = (
     *("seed", "law", "gamma", "shift", "learning_rate", "betas", "weight_decay", "warmup_steps", "decay", "num_steps"),
     *("gradient_clip", "ema_decay", "horizontal_flip", "init", "labels", "num_images", "to_uint8", "checkpoint"),
+    *("input_perturbation", "endpoint_target", "epsilon_scaling", "differential_correction"),
 )  # settings that change a result and not what an image of it costs; steps of a sampler are told by its name's entry
 
 

@@ -1,4 +1,4 @@
-"""The figures of a table: sample sheets, distance against steps, loss curves."""
+"""The figures of a table: sample sheets, distance and variance against steps, distance against gamma, losses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -25,9 +25,9 @@ STEP_METRICS = ("fd", "fid")  # what `draw_steps` plots, whichever a row has
 End = tuple[tuple[float, float], str, str]  # last point of a line, its label, its colour
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, without the yellow that vanishes on white.
-_COLOURS = ("#000000", "#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
+COLOURS = ("#000000", "#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -44,8 +44,8 @@ def draw(settings: dict[str, Any], files: list[Path], out: Path) -> None:
     labelled = {arm["label"]: file for arm, file in zip(settings["arms"], files, strict=True)}
     if settings["figure"] == "samples":
         draw_samples(labelled, out, title=settings["title"])
-    elif settings["figure"] == "steps":
-        draw_steps([read_json(file) for file in files], out)
+    elif settings["figure"] in FIGURES_OF_ROWS:
+        FIGURES_OF_ROWS[settings["figure"]]([read_json(file) for file in files], out)
     else:
         draw_losses(labelled, out)
 
@@ -65,7 +65,7 @@ def draw_samples(sample_files: Mapping[str, Path], out: Path, *, title: str = ""
     height, width = next(iter(sheets.values())).shape[:2]
     panel_width = 4.6
     panel_height = panel_width * height / width + 0.3
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         size = (num_columns * panel_width, num_rows * panel_height + (0.35 if title else 0))
         figure = Figure(figsize=size, layout="constrained")
         panels = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
@@ -76,7 +76,7 @@ def draw_samples(sample_files: Mapping[str, Path], out: Path, *, title: str = ""
             panel.set_title(label, loc="left")
         if title:
             figure.suptitle(title, fontsize=11, x=0.01, ha="left")
-        _save(figure, out)
+        save(figure, out)
 
 
 def _indices_by_class(path: Path) -> np.ndarray:
@@ -130,52 +130,147 @@ def _sheet(images: np.ndarray) -> np.ndarray:
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
-def draw_steps(rows: list[dict[str, Any]], out: Path) -> None:
-    """Draw Fréchet distance against the number of steps: one line per row, unguided left, guided right.
+_SOLVERS = {"euler": "Euler", "heun": "Heun", "euler_maruyama": "SDE"}  # in the order of their panels
 
-    `rows` are row files of a table (see `mixflow.tables.build_row`).
+
+class Point(NamedTuple):
+    """A measured cell in a plot."""
+
+    x: float
+    value: float
+    interval: tuple[float, float] | None  # over replicates
+
+
+def draw_steps(rows: list[dict[str, Any]], out: Path) -> None:
+    """Draw Fréchet distance against the number of steps: one line per row, a panel per solver and guidance.
+
+    `rows` are row files of a table (see `mixflow.tables.build_row`); bars are intervals over replicates.
     """
     metric = next(
         (name for name in STEP_METRICS if any(cell["metric"] == name for row in rows for cell in row["cells"])), None
     )
     if metric is None:
         raise UserError(f"the figure 'steps' needs a column of {' or '.join(STEP_METRICS)}: add one, or leave it out")
-    kinds: dict[str, Callable[[float], bool]] = {
-        "without guidance": lambda scale: scale == 1,
-        "with guidance": lambda scale: scale != 1,
-    }
-    panels = {title: [_points(row, metric, wanted) for row in rows] for title, wanted in kinds.items()}
+    _draw_against_steps(rows, metric, out)
+
+
+def draw_variance(rows: list[dict[str, Any]], out: Path) -> None:
+    """Draw the variance ratio as `draw_steps` draws the distance, with a line at 1."""
+    _draw_against_steps(rows, "variance_ratio", out, level=1.0)
+
+
+def _draw_against_steps(rows: list[dict[str, Any]], metric: str, out: Path, *, level: float | None = None) -> None:
+    """One panel for each solver and guidance of which `metric` is known, all with one vertical axis."""
+    kinds = dict.fromkeys(
+        (cell["guidance"] != 1, cell.get("solver", ""))
+        for row in rows
+        for cell in row["cells"]
+        if cell["metric"] == metric and "num_steps" in cell
+    )
+    ordered = sorted(kinds, key=lambda kind: (kind[0], [*_SOLVERS, kind[1]].index(kind[1])))
+    panels = {_panel_title(*kind): [_points(row, metric, kind) for row in rows] for kind in ordered}
     panels = {title: lines for title, lines in panels.items() if any(lines)}
     if not panels:
         raise UserError(f"the figure 'steps' finds no {METRICS[metric].name} yet: make the rows first")
     # Of all panels, for they share the axis, and it is scaled by hand once zero is its lower end.
-    highest = max(value for lines in panels.values() for points in lines for _, value in points)
-    with matplotlib.rc_context(_STYLE):
+    ends_of = [
+        end for lines in panels.values() for points in lines for point in points
+        for end in (point.value, *(point.interval or ()))
+    ]  # fmt: skip
+    low, high = (0.0, max(ends_of)) if level is None else (min(*ends_of, level), max(*ends_of, level))
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6 * len(panels), 3.6), layout="constrained")
         subplots = figure.subplots(1, len(panels), squeeze=False, sharey=True).flat
         for axes, (title, lines) in zip(subplots, panels.items(), strict=True):
             ends: list[End] = []
             for index, (row, points) in enumerate(zip(rows, lines, strict=True)):
                 if points:
-                    colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
-                    axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=5)
-                    ends.append((points[-1], row["label"], colour))
-            _log_steps(axes, sorted({step for points in lines for step, _ in points}))
+                    colour = _draw_line(axes, points, index)
+                    ends.append(((points[-1].x, points[-1].value), row["label"], colour))
+            _log_steps(axes, sorted({int(point.x) for points in lines for point in points}))
             axes.set_title(title, loc="left")
             axes.set_xlabel("sampling steps")
-            axes.set_ylim(0, 1.06 * highest)
+            axes.set_ylim(low - (0 if level is None else 0.06 * (high - low)), high + 0.06 * (high - low))
+            if level is not None:
+                axes.axhline(level, color="#888888", linewidth=0.8, linestyle="--", zorder=0)
             _label_ends(axes, ends)
         figure.axes[0].set_ylabel(METRICS[metric].long_name)
-        _save(figure, out)
+        save(figure, out)
 
 
-def _points(row: dict[str, Any], metric: str, wanted: Callable[[float], bool]) -> list[tuple[int, float]]:
-    """Return (number of steps, value) of the measured cells, by ascending steps."""
+def _panel_title(guided: bool, solver: str) -> str:
+    guidance = "with guidance" if guided else "without guidance"
+    return f"{_SOLVERS.get(solver, solver)}, {guidance}" if solver else guidance
+
+
+def _draw_line(axes: Any, points: list[Point], index: int) -> str:
+    """Draw a line with its intervals; return its colour."""
+    colour, marker = COLOURS[index % len(COLOURS)], _MARKERS[index % len(_MARKERS)]
+    axes.plot([point.x for point in points], [point.value for point in points], color=colour, marker=marker, ms=5)
+    for point in points:
+        if point.interval is not None:
+            # Not below zero, where the axis ends and no distance is.
+            axes.vlines(point.x, max(point.interval[0], 0.0), point.interval[1], color=colour, linewidth=1)
+    return colour
+
+
+def _points(row: dict[str, Any], metric: str, kind: tuple[bool, str]) -> list[Point]:
+    """Return the measured cells of a row with that (guidance, solver), by ascending steps."""
     return sorted(
-        (cell["num_steps"], cell["value"])
+        Point(cell["num_steps"], cell["value"], _interval(cell))
         for cell in row["cells"]
-        if cell["metric"] == metric and cell["value"] is not None and "num_steps" in cell and wanted(cell["guidance"])
-    )
+        if cell["metric"] == metric and cell["value"] is not None and "num_steps" in cell
+        and (cell["guidance"] != 1, cell.get("solver", "")) == kind
+    )  # fmt: skip
+
+
+def _interval(cell: dict[str, Any]) -> tuple[float, float] | None:
+    found = cell.get("interval")
+    return None if found is None else (found[0], found[1])
+
+
+# --- gamma -----------------------------------------------------------------------------------------------------------
+
+
+def draw_gamma(rows: list[dict[str, Any]], out: Path) -> None:
+    """Draw what a table's first metric does as gamma grows: a line for each of its samplers.
+
+    gamma is that of each row's training; rows without one, such as weights from a file, are left out.
+    """
+    trained = [row for row in rows if "gamma" in (row["made_by"] or {})]
+    first = rows[0]["cells"][0]["metric"]
+    lines: dict[str, list[Point]] = {}
+    for row in trained:
+        for cell in row["cells"]:
+            if cell["metric"] == first and cell["value"] is not None:
+                point = Point(row["made_by"]["gamma"], cell["value"], _interval(cell))
+                steps = f"{cell['num_steps']} steps" if "num_steps" in cell else cell["sampler"]
+                lines.setdefault(steps, []).append(point)
+    if not lines:
+        raise UserError(f"the figure 'gamma' finds no {METRICS[first].name} of a trained row yet: make the rows first")
+    highest = max(point.interval[1] if point.interval else point.value for points in lines.values() for point in points)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.2, 3.8), layout="constrained")
+        axes, ends = figure.subplots(), []
+        for index, (steps, points) in enumerate(lines.items()):
+            ordered = sorted(points)
+            colour = _draw_line(axes, ordered, index)
+            ends.append(((ordered[-1].x, ordered[-1].value), steps, colour))
+        axes.set_xlabel("gamma")
+        axes.set_ylabel(METRICS[first].long_name)
+        axes.set_ylim(0, 1.06 * highest)
+        _label_ends(axes, ends)
+        save(figure, out)
+
+
+FIGURES_OF_ROWS: dict[str, Callable[[list[dict[str, Any]], Path], None]] = {
+    "steps": draw_steps,
+    "gamma": draw_gamma,
+    "variance": draw_variance,
+}
+
+
+# --- axes of steps ---------------------------------------------------------------------------------------------------
 
 
 def _log_steps(axes: Any, steps: list[int]) -> None:
@@ -198,8 +293,8 @@ def draw_losses(loss_files: Mapping[str, Path], out: Path) -> None:
     groups: dict[int, list[str]] = {}
     for label, curve in curves.items():
         groups.setdefault(curve["step"][-1], []).append(label)
-    colours = {label: _COLOURS[index % len(_COLOURS)] for index, label in enumerate(curves)}
-    with matplotlib.rc_context(_STYLE):
+    colours = {label: COLOURS[index % len(COLOURS)] for index, label in enumerate(curves)}
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6 * len(groups), 3.6), layout="constrained")
         for axes, labels in zip(figure.subplots(1, len(groups), squeeze=False).flat, groups.values(), strict=True):
             ends: list[End] = []
@@ -211,7 +306,7 @@ def draw_losses(loss_files: Mapping[str, Path], out: Path) -> None:
             axes.set_ylabel("training loss")
             axes.margins(y=0.12)  # room for the labels of curves that end at the bottom
             _label_ends(axes, ends)
-        _save(figure, out)
+        save(figure, out)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -244,7 +339,7 @@ def _label_ends(axes: Any, ends: list[End]) -> None:
         )
 
 
-def _save(figure: Figure, out: Path) -> None:
+def save(figure: Figure, out: Path) -> None:
     with atomic_path(out) as temporary:
         # Without the library's version in it, equal inputs give equal bytes.
         figure.savefig(temporary, format="png", dpi=150, metadata={"Software": None})

@@ -21,13 +21,13 @@ from mixflow.evaluation import (
     frechet_estimate,
     load_classifier,
     load_reference,
+    mean_estimate,
     memorisation,
     moments,
     open_images,
     save_classifier,
-    standard_error,
     train_classifier,
-    variance_ratio,
+    variance_ratio_influence,
 )
 from mixflow.evaluation.checks import rule_kind
 from mixflow.runtime.downloads import downloaded_file
@@ -116,7 +116,9 @@ def evaluate(
     time_budget_minutes: float | None = None,
     expected_gpus: int | None = None,
 ) -> None:
-    """Write metrics.json, {metrics, standard_errors, num_images, labels, warnings, protocol, parents}.
+    """Write metrics.json.
+
+    {metrics, standard_errors, group_influences, num_images, labels, warnings, protocol, parents}.
 
     Equal inputs, equal bytes: it holds no times. Running it again after an interruption continues.
     """
@@ -210,8 +212,8 @@ def _evaluate_by_classifier(
     estimates = {
         "fd": frechet_estimate(real["train.mu"], real["train.sigma"], features),
         "fd_held_out": frechet_estimate(real["held_out.mu"], real["held_out.sigma"], features),
-        "accuracy": Estimate(class_accuracy(logits, labels), standard_error(is_right)),
-        "variance_ratio": Estimate(variance_ratio(grey, real["train.images"]), None),
+        "accuracy": mean_estimate(class_accuracy(logits, labels), is_right),
+        "variance_ratio": mean_estimate(*variance_ratio_influence(grey, real["train.images"])),
         **{
             name: Estimate(value, None)
             for name, value in memorisation(grey, real["train.images"], real["held_out.images"]).items()

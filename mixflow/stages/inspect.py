@@ -52,6 +52,8 @@ def _describe_safetensors(path: Path) -> dict[str, Any]:
     saved = json.loads(metadata.get("mixflow", "{}"))
     if saved.get("kind") == "classifier":
         return {**saved, "kind": "feature network"}
+    if saved.get("kind") == "clock":
+        return {**saved, "kind": "learned clock"}
     if saved.get("file") == "mixflow reference":
         saved |= {"extractor_sha256": saved.pop("extractor"), "source_sha256": saved.pop("source")}
         return {**saved, "extractor": saved["kind"], "file": str(path), "kind": "reference"}
@@ -139,6 +141,8 @@ def _describe_json(path: Path) -> dict[str, Any]:
     if "stage" in value and "parents" in value:
         kept = ("stage", "started", "measured", "outputs", "settings", "parents", "code", "machine")
         return {"kind": "run record", **{name: value[name] for name in kept}}
+    if {"readings", "clocks"} <= set(value):
+        return {"kind": "Slow Flow", **{name: value[name] for name in ("checkpoint", "sampler", "num_images", "law")}}
     if "metrics" in value and "protocol" in value:
         return {"kind": "metrics", **value["metrics"], "images sampled": value["num_images"]}
     if "sets" in value and "spread" in value:
@@ -147,6 +151,8 @@ def _describe_json(path: Path) -> dict[str, Any]:
         return {"kind": "table row", **value}
     if {"download", "files"} <= set(value):
         return {"kind": "download", **value}
+    if set(value) == {"theory", "points"}:
+        return {"kind": "theory", "points": len(value["points"]), **value["theory"]}
     if set(value) == {"step", "loss"}:
         last = value["loss"][-1] if value["loss"] else None
         return {"kind": "losses", "steps": value["step"][-1] if value["step"] else 0, "last_loss": last}

@@ -14,7 +14,7 @@ from mixflow.runtime.errors import UserError
 from mixflow.runtime.files import read_json
 from mixflow.tables import build_row, figure_files, figure_paths, metric_files, render_markdown
 
-PAPER = "paper"
+PAPER, SCIENCE, THEORY, REPORT = "paper", "digits_science", "theory", "report"
 MAX_NAMED = 3  # of the settings that differ
 
 
@@ -25,16 +25,22 @@ class Job(NamedTuple):
 
 Needs = Callable[[], Iterable[Job]]
 # The stage whose slice of the config decides a rule's result.
-_STAGES = {"evaluate_further": "evaluate"}
+_STAGES = {"evaluate_further": "evaluate", "slow_flow_comparison": "slow_flow_figure"}
+# Rules that draw: nothing in their files tells what they were made from.
+_DRAWN = ("figure", "slow_flow_figure", "slow_flow_comparison")
 # Rules that only gather what others make.
-_WITHOUT_RECORD = ("download", "stand_ins", "row", "figure", "render")
+_WITHOUT_RECORD = ("download", "stand_ins", "row", "render", REPORT, *_DRAWN)
+WITHOUT_WORK = ("row", "figure", "render")  # what they gather is made by others
 
 
 class Jobs:
     """The jobs that make targets from nothing, each once, with the jobs that each one waits for."""
 
     def __init__(self, config: Config, targets: Iterable[str]) -> None:
-        """`targets` are tables, `paper`, and paths below results/. Raises `UserError` for any other."""
+        """`targets`: tables, figures, `paper`, `digits_science`, `theory`, `report`, paths below results/.
+
+        Raises `UserError` for any other.
+        """
         self.config = config
         self.needs: dict[Job, tuple[Job, ...]] = {}  # every job after those that it needs
         self.targets = [self._target(target) for target in targets]
@@ -47,6 +53,8 @@ class Jobs:
         rule, names = job
         if rule == "render":
             return [paths.table(names[0], ending) for ending in ("md", "html")]
+        if rule == REPORT:
+            return [paths.report()]
         if rule == "stand_ins":
             assert self.config.stand_ins is not None
             return [paths.stand_ins(self.config.stand_ins.folder)]
@@ -55,7 +63,13 @@ class Jobs:
             "cache_latents": paths.latents,
             "train": paths.weights,
             "import_weights": paths.weights,
+            "make_exact": paths.weights,
             "sample": paths.samples,
+            "train_clock": paths.clock,
+            "slow_flow": paths.slow_flow,
+            "slow_flow_figure": lambda checkpoint, sampler: paths.slow_flow(checkpoint, sampler, "png"),
+            "slow_flow_comparison": paths.comparison,
+            "theory": lambda: paths.theory("json"),
             "train_extractor": paths.extractor,
             "make_reference": paths.reference,
             "evaluate": paths.metrics,
@@ -67,6 +81,7 @@ class Jobs:
             return []
         files = [place[rule](*names)]
         files += [paths.losses(*names)] if rule == "train" else []
+        files += [paths.theory("png")] if rule == "theory" else []
         return files if rule in _WITHOUT_RECORD else [*files, paths.record(files[0])]
 
     def settings(self, job: Job) -> dict[str, Any]:
@@ -82,9 +97,18 @@ class Jobs:
         return job
 
     def _target(self, target: str) -> Job:
-        if target == PAPER:
-            tables = self.config.paper_tables()
-            return self._add(Job(PAPER), lambda: [part for table in tables for part in self._table_parts(table)])
+        if target in (PAPER, SCIENCE):
+            tables = self.config.paper_tables() if target == PAPER else self.config.science_tables()
+            return self._add(Job(target), lambda: [part for table in tables for part in self._table_parts(table)])
+        if target == THEORY:
+            return self._theory()
+        if target in (REPORT, paths.report()):
+            self.config.slice(REPORT)
+            assert self.config.report is not None
+            made = self.config.report.made
+            return self._add(Job(REPORT), lambda: [part for table in made for part in self._table_parts(table)])
+        if target in self.config.figures:
+            return self._add(Job(target), lambda: [self._comparison(target)])
         if "/" not in target:
             self.config.get("tables", target)
             return self._add(Job(target), lambda: self._table_parts(target))
@@ -103,6 +127,13 @@ class Jobs:
             ("results/samples", 2): (("samples.npz",), self._samples),
             ("results/metrics", 2): (("metrics.json",), self._metrics),
             ("results/metrics", 3): (("metrics.json",), self._metrics),
+            ("results/clocks", 1): (("model.safetensors",), self._clock),
+            ("results/slow_flow", 0): ((f"{stem}.png",), lambda: self._comparison(stem)),
+            ("results/slow_flow", 2): (
+                ("slow_flow.json", "slow_flow.png"),
+                self._slow_flow_figure if ending == ".png" else self._slow_flow,
+            ),
+            ("results/theory", 0): (("theory.json", "theory.png"), self._theory),
             ("results/tables", 0): ((f"{stem}.md", f"{stem}.html"), lambda: self._render(stem)),
             ("results/tables", 1): (
                 (f"{stem}.json", f"{stem}.png"),
@@ -112,7 +143,7 @@ class Jobs:
         files, make = makers.get((section, len(names)), ((), self._render))
         if file not in (*files, "run.json") or (file == "run.json" and not names):
             raise UserError(
-                f"'{path}' is no result of the pipeline: name a table, paper, or a path such as "
+                f"'{path}' is no result of the pipeline: name a table, paper, report, or a path such as "
                 "results/metrics/CHECKPOINT/SAMPLER/metrics.json (see the README)"
             )
         return make(*names)
@@ -168,7 +199,7 @@ class Jobs:
         return self._add(Job("train_extractor", (name,)), lambda: [self._latents(latents)])
 
     def _samples(self, checkpoint: str, sampler: str) -> Job:
-        self.config.slice("sample", checkpoint, sampler)
+        clock = self.config.slice("sample", checkpoint, sampler).get("clock")
         guide = self.config.samplers[sampler].guidance.guide
         return self._add(
             Job("sample", (checkpoint, sampler)),
@@ -176,13 +207,54 @@ class Jobs:
                 self._checkpoint(checkpoint),
                 *self._autoencoder(self.config.latents_of(checkpoint), "decode"),
                 *([self._checkpoint(guide)] if guide is not None else []),
+                *([self._clock(clock)] if clock is not None else []),
             ],
         )
+
+    def _theory(self) -> Job:
+        self.config.slice("theory")
+        return self._add(Job("theory"), list)
+
+    def _clock(self, latents: str) -> Job:
+        self.config.slice("train_clock", latents)
+        return self._add(Job("train_clock", (latents,)), lambda: self._reading_parts(latents))
+
+    def _reading_parts(self, latents: str) -> list[Job]:
+        """Return what it takes to read the training latents."""
+        uses = ("latents",) if self.config.latents[latents].encoded_from is None else ("encode", "latents")
+        return [*self._autoencoder(latents, *uses), self._latents(self.config.cache_of(latents))]
+
+    def _slow_flow(self, checkpoint: str, sampler: str) -> Job:
+        self.config.slice("slow_flow", checkpoint, sampler)
+        guide, clock = self.config.samplers[sampler].guidance.guide, self.config.clock_of(checkpoint)
+        return self._add(
+            Job("slow_flow", (checkpoint, sampler)),
+            lambda: [
+                self._checkpoint(checkpoint),
+                *self._reading_parts(self.config.latents_of(checkpoint)),
+                *([self._checkpoint(guide)] if guide is not None else []),
+                *([self._clock(clock)] if clock is not None else []),
+            ],
+        )
+
+    def _slow_flow_figure(self, checkpoint: str, sampler: str) -> Job:
+        arms = self._arms(checkpoint, sampler)
+        return self._add(Job("slow_flow_figure", (checkpoint, sampler)), arms)
+
+    def _comparison(self, figure: str) -> Job:
+        return self._add(Job("slow_flow_comparison", (figure,)), self._arms(figure))
+
+    def _arms(self, *names: str) -> Needs:
+        settings = self.config.slice("slow_flow_figure", *names)
+        return lambda: [self._slow_flow(arm["checkpoint"], settings["sampler"]) for arm in settings["arms"]]
 
     def _checkpoint(self, name: str) -> Job:
         origin = self.config.get("checkpoints", name)
         if (weights := origin.weights) is not None:
             return self._add(Job("import_weights", (name,)), lambda: self._downloads(weights.download))
+        if (exact := origin.exact) is not None:
+            drawn = "spectrum" in self.config.slice("make_exact", name)["exact"]
+            return self._add(Job("make_exact", (name,)), lambda: [] if drawn else [self._latents(exact.latents)])
         return self._add(Job("train", (name,)), lambda: self._training_parts(name))
 
     def _training_parts(self, name: str) -> Iterator[Job]:
@@ -243,7 +315,7 @@ class Made:
 
     def _compare(self, job: Job) -> str | None:
         outputs = self.jobs.outputs(job)
-        if not outputs or job.rule in ("figure", "stand_ins"):
+        if not outputs or job.rule in (*_DRAWN, "stand_ins", REPORT):
             return None  # nothing in them tells
         settings = self.jobs.settings(job)
         if job.rule in ("row", "render"):

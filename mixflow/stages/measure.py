@@ -35,6 +35,11 @@ class Measured(NamedTuple):
         return {
             "metrics": {name: digits(estimate.value) for name, estimate in self.estimates.items()},
             "standard_errors": {name: digits(estimate.standard_error) for name, estimate in self.estimates.items()},
+            "group_influences": {
+                name: [float(f"{part:.6g}") for part in estimate.groups]
+                for name, estimate in self.estimates.items()
+                if estimate.groups is not None
+            },
             "num_images": self.num_images,
             "labels": self.labels,
             "warnings": self.warnings,

@@ -40,7 +40,7 @@ class Plan:
     def __init__(
         self,
         config: Config,
-        targets: Iterable[str],  # tables, `paper`, paths below results/
+        targets: Iterable[str],  # tables, figures, `paper`, paths below results/
         *,
         root: Path | None = None,  # the folder whose finished work is left out; None: nothing is
     ) -> None:
@@ -64,11 +64,12 @@ class Plan:
     def encoded_while_training(self) -> list[str]:
         """Return the latents that have no cache."""
         used = {self.config.latents_of(name) for (name,) in self.names("train")}
+        used |= {self.config.latents_of(name) for name, _ in self.names("slow_flow")}
         return sorted(name for name in used if self.config.latents[name].encoded_from is not None)
 
     def weights(self) -> dict[str, int]:
         """Return the checkpoints and the sizes of their weights in bytes."""
-        names = [name for rule in ("train", "import_weights") for (name,) in self.names(rule)]
+        names = [name for rule in ("train", "import_weights", "make_exact") for (name,) in self.names(rule)]
         return {name: BYTES_PER_WEIGHT * self.config.num_parameters(name) for name in names}
 
     def samples(self) -> int:
@@ -152,7 +153,7 @@ def _time(plan: Plan, machine: Machine, root: Path) -> list[str]:
     costs = {job: rates.cost(job) for job in plan.left}
     rows: list[tuple[str, ...]] = [("", "jobs", "GPU hours", "CPU time", "from")]
     for rule, number in plan.counts().items():
-        if rule in plan.config.tables or rule == "paper":
+        if rule in (*plan.config.tables, *plan.config.figures, "paper"):
             continue
         of_rule = [cost for job, cost in costs.items() if job.rule == rule]
         cpu = sum(cost.seconds for cost in of_rule if cost.devices == 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mixflow.autoencoders import Autoencoder, load_autoencoder
 from mixflow.config import slice_key
-from mixflow.flow import INTERPOLANTS
+from mixflow.flow import INTERPOLANTS, shift_time
+from mixflow.models import load_clock
 from mixflow.runtime.devices import start_accelerator
 from mixflow.runtime.errors import UserError
 from mixflow.runtime.files import WorkFolder, require_writable
@@ -23,7 +24,17 @@ from mixflow.runtime.progress import Progress, log
 from mixflow.runtime.provenance import RunRecord
 from mixflow.runtime.seeds import Stream, normal, random_words
 from mixflow.runtime.stopping import StopRequest, Unfinished
-from mixflow.sampling import CountedNetwork, autoguided_velocity, guided_velocity, sample, time_grid
+from mixflow.sampling import (
+    Callback,
+    CountedNetwork,
+    autoguided_velocity,
+    differential_correction,
+    epsilon_scaled,
+    guided_velocity,
+    sample,
+    time_grid,
+    time_shifted,
+)
 from mixflow.sampling.guidance import Network
 from mixflow.stages.networks import autoencoder_files, network_from_file
 
@@ -38,17 +49,19 @@ def run(
     scratch: Path,
     batch: int = 250,  # images per forward pass on one device; no effect on the result beyond float rounding
     guide: Path | None = None,  # weights of the network that guides, for samplers that name one
+    clock: Path | None = None,  # weights of the learned clock, for samplers with a time shift
     autoencoder: Mapping[str, Path] = {},  # role -> record of a download, for kinds that have files
     time_budget_minutes: float | None = None,
     expected_gpus: int | None = None,
 ) -> None:
     """Sample as the slice `sample` of the config says; running it again after any interruption continues."""
     sampler = settings["sampler"]
-    _check_guide_is_named(settings, guide)
+    check_guide_is_named(settings, guide)
+    _check_clock_is_given(settings, clock)
     require_writable(out.parent)
     files = autoencoder_files(autoencoder)
-    guides = {} if guide is None else {"guide": guide}
-    record = RunRecord("sample", settings, {"weights": weights, **guides, **files})
+    optional = {role: path for role, path in (("guide", guide), ("clock", clock)) if path is not None}
+    record = RunRecord("sample", settings, {"weights": weights, **optional, **files})
     stop = StopRequest(time_budget_minutes)
     accelerator = start_accelerator(sampler["precision"], expected_gpus)
     device = accelerator.device
@@ -64,12 +77,13 @@ def run(
             return
 
         labels = draw_labels(sampler["labels"], sampler["seed"], sampler["num_images"], settings["num_classes"])
-        network = _load_network(settings, "model", weights, f"'{weights}'", "other weights").to(device)
+        network = load_network(settings, "model", weights, f"'{weights}'", "other weights").to(device)
         counted, counted_guide = CountedNetwork(network), None
         if guide is not None:
             source = f"the guide '{sampler['guidance']['guide']}', '{guide}',"
-            guiding = _load_network(settings, "guide_model", guide, source, "another guide").to(device)
+            guiding = load_network(settings, "guide_model", guide, source, "another guide").to(device)
             counted_guide = CountedNetwork(guiding)
+        reader = None if clock is None else CountedNetwork(load_clock(clock, device))
         codec = load_autoencoder(settings["autoencoder"], files, device)
         num_images, size = sampler["num_images"], settings["resolution"]
         archive = NpzWriter(
@@ -96,7 +110,9 @@ def run(
                 classes = labels[indices]
                 with torch.inference_mode(), accelerator.autocast():
                     on_device = indices.to(device, non_blocking=True), classes.to(device, non_blocking=True)
-                    latents = sample_latents(counted, settings, *on_device, network.null_label, counted_guide)
+                    latents = sample_latents(
+                        counted, settings, *on_device, network.null_label, counted_guide, reader
+                    )  # fmt: skip
                 writer.add(start, latents, classes)
                 sampled += len(indices)
                 progress.advance(accelerator.num_processes, len(indices) * accelerator.num_processes)
@@ -111,6 +127,8 @@ def run(
         calls = {"network_calls_per_image": counted.rows}
         if counted_guide is not None:
             calls["guide_calls_per_image"] = counted_guide.rows
+        if reader is not None:
+            calls["clock_calls_per_image"] = reader.rows
         totals = torch.tensor([*calls.values(), sampled], dtype=torch.float64, device=device)
         *rows, images = accelerator.reduce(totals, "sum").tolist()
         if accelerator.is_main_process:
@@ -215,8 +233,15 @@ def sample_latents(
     labels: Tensor,  # [n] int64
     null_label: int | None,
     guide: Network | None = None,  # for autoguidance, where the sampler names one
+    clock: Callable[[Tensor], Tensor] | None = None,  # states -> times [n], where the sampler has a time shift
+    *,
+    initial: tuple[Tensor, float] | None = None,  # state [n,C,h,w] and time to start from; None: the samples' noise
+    callback: Callback | None = None,  # sees every state; not called by dopri5, which has no steps of its own
 ) -> Tensor:
-    """Return latents [n,C,h,w] of the samples with these indices: functions of (seed, index) alone."""
+    """Return latents [n,C,h,w] of the samples with these indices: functions of (seed, index) alone.
+
+    From an `initial` time as many steps are taken as from 0.
+    """
     sampler, model = settings["sampler"], settings["model"]
     seed, guidance = sampler["seed"], sampler["guidance"]
     state = {"float32": torch.float32, "float64": torch.float64}[sampler["state"]]
@@ -227,26 +252,38 @@ def sample_latents(
     else:
         channels = None if guidance["channels"] == "all" else guidance["channels"]
         velocity = guided_velocity(network, labels, null_label, guidance["scale"], channels=channels, **acting)
-    noise = normal(seed, Stream.NOISE, NOISE_STEP, indices, shape).to(state)
+    # The label first: what the noise is, is judged by what the network says.
+    if (shift := sampler.get("time_shift")) is not None:
+        assert clock is not None, "a time shift needs a clock"
+        velocity = time_shifted(velocity, clock, shift["window"], tuple(shift["interval"]))
+    if (scaling := sampler.get("epsilon_scaling")) is not None:
+        velocity = epsilon_scaled(velocity, scaling["factor"], scaling["start"])
+    x, start = (normal(seed, Stream.NOISE, NOISE_STEP, indices, shape), 0.0) if initial is None else initial
+    x = x.to(state)
     solver = sampler["solver"]
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {} if callback is None else {"callback": callback}
     if solver == "dopri5":
-        options, times = {"atol": sampler["atol"], "rtol": sampler["rtol"]}, time_grid(1)
+        options, times = {"atol": sampler["atol"], "rtol": sampler["rtol"]}, time_grid(1, start=start)
     elif solver == "euler_maruyama":
-        options = {
+        options |= {
             "interpolant": INTERPOLANTS[settings["interpolant"]],
             "diffusion": sampler["diffusion"]["form"],
             "norm": sampler["diffusion"]["norm"],
             "last_step": sampler["last_step"],
             "noise_at": lambda step: normal(seed, Stream.SOLVER, step, indices, shape).to(state),
         }
-        times = time_grid(sampler["num_steps"], last_step_size=sampler["last_step_size"])
+        times = time_grid(sampler["num_steps"], start=start, last_step_size=sampler["last_step_size"])
     else:
-        times = time_grid(sampler["num_steps"], **sampler.get("grid", {}))
-    return sample(velocity, noise, solver=solver, times=times, **options)
+        grid = sampler.get("grid", {})
+        # A grid starts before its shift.
+        before = float(shift_time(torch.tensor(start, dtype=torch.float64), 1 / grid.get("shift", 1.0)))
+        times = time_grid(sampler["num_steps"], start=before, **grid)
+        if (correction := sampler.get("differential_correction")) is not None:
+            options["correction"] = differential_correction(correction["band"], correction["strength"])
+    return sample(velocity, x, solver=solver, times=times, **options)
 
 
-def _check_guide_is_named(settings: dict[str, Any], guide: Path | None) -> None:
+def check_guide_is_named(settings: dict[str, Any], guide: Path | None) -> None:
     """Check that weights of a guide are given exactly where the sampler names one."""
     name = settings["sampler"]["guidance"].get("guide")
     if guide is None and name is not None:
@@ -255,7 +292,15 @@ def _check_guide_is_named(settings: dict[str, Any], guide: Path | None) -> None:
         raise UserError(f"'{settings['sampler_name']}' names no guide: leave out '{guide}', or set guidance.guide")
 
 
-def _load_network(settings: dict[str, Any], entry: str, weights: Path, source: str, other: str) -> Any:
+def _check_clock_is_given(settings: dict[str, Any], clock: Path | None) -> None:
+    """Check that weights of a clock are given exactly where the sampler asks it."""
+    if clock is None and "clock" in settings:
+        raise UserError(f"'{settings['sampler_name']}' has a time shift: give the clock of its latents with --clock")
+    if clock is not None and "clock" not in settings:
+        raise UserError(f"'{settings['sampler_name']}' has no time shift: leave out '{clock}', or add time_shift")
+
+
+def load_network(settings: dict[str, Any], entry: str, weights: Path, source: str, other: str) -> Any:
     """Return the network of a resolved entry, checked to make what is sampled.
 
     `source` says what it is, `other` what to name in its place. Raises `UserError`.

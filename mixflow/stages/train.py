@@ -5,6 +5,7 @@ Its latents come from a cache of them, or (RAE) are encoded from a cache of pixe
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from mixflow.autoencoders import RAE, Autoencoder, load_autoencoder
 from mixflow.config import slice_key
 from mixflow.data.latents import DataOrder, LatentCache, LatentSplit, Prefetcher
-from mixflow.flow import INTERPOLANTS, flow_matching_loss, time_pair
+from mixflow.flow import INTERPOLANTS, flow_matching_loss, self_rollout_loss, time_pair
 from mixflow.models import REPA, VelocityNetwork, build_model, check_projectors, load_dinov2, save_model
 from mixflow.runtime.devices import start_accelerator
 from mixflow.runtime.downloads import downloaded_file
@@ -171,6 +172,9 @@ def make_loss(
     interpolant = INTERPOLANTS[recipe["interpolant"]]
     label_dropout = recipe["model"]["label_dropout"]
     shape = network_input_shape(recipe["model"])
+    strength, rollout = recipe.get("input_perturbation"), dict(recipe.get("self_rollout", {}))
+    weight = rollout.pop("weight", 0.0)
+    arm = {"min_remaining": recipe["endpoint_target"]["min_remaining"]} if "endpoint_target" in recipe else {}
     order = DataOrder(len(images), seed)
 
     def read(key: tuple[int, tuple[int, ...]]) -> _Batch:
@@ -217,15 +221,26 @@ def make_loss(
         drop = None  # without dropout the network has no null class
         if label_dropout > 0:
             drop = uniform(seed, Stream.LABEL_DROPOUT, step, positions)[:, 0] < label_dropout
+        options: dict[str, Any] = dict(arm)
+        if strength is not None:
+            options["perturbation"] = strength * normal(seed, Stream.PERTURBATION, step, positions, shape)
+
+        def network(x: Tensor, t: Tensor, **wanted: bool) -> Any:
+            return wrapped(x, t, labels, drop=drop, **wanted)
+
+        drawn = noise, data, t, m, interpolant
         if alignment is None:
-            return flow_matching_loss(lambda x, t: wrapped(x, t, labels, drop=drop), noise, data, t, m, interpolant)
-
-        def network(x: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor]]:
-            return wrapped(x, t, labels, drop=drop, with_projections=True)
-
-        assert batch.pixels is not None
-        targets = [alignment.encoder(batch.pixels.to(device, non_blocking=True))]
-        return aligned_flow_matching_loss(network, noise, data, t, m, interpolant, targets, alignment.coefficient)
+            losses = flow_matching_loss(network, *drawn, **options)
+        else:
+            assert batch.pixels is not None
+            targets = [alignment.encoder(batch.pixels.to(device, non_blocking=True))]
+            projecting = functools.partial(network, with_projections=True)
+            coefficient = alignment.coefficient * (1 + weight)  # so that it keeps its share of the mean below
+            losses = aligned_flow_matching_loss(projecting, *drawn, targets, coefficient, **options)
+        if weight > 0:
+            rolled_out = self_rollout_loss(network, noise, data, t, interpolant, shift=recipe["shift"], **rollout)
+            losses = (losses + weight * rolled_out) / (1 + weight)
+        return losses
 
     return loss
 

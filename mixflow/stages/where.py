@@ -15,7 +15,10 @@ from mixflow.stages.status import Piece, pieces
 from mixflow.tables import METRICS, cells
 
 # The stage of a rule's work folder, where it keeps one.
-_WORK = {"cache_latents": "cache-latents", "train": "train", "sample": "sample"}
+_WORK = {
+    "cache_latents": "cache-latents", "train": "train", "sample": "sample", "train_clock": "train-clock",
+    "slow_flow": "slow-flow",
+}  # fmt: skip
 
 
 class State(NamedTuple):
@@ -85,7 +88,12 @@ def _kind(job: Job) -> str:
         "cache_latents": "latents",
         "train": "weights",
         "import_weights": "weights",
+        "make_exact": "weights",
         "sample": "samples",
+        "train_clock": "clock",
+        "slow_flow": "Slow Flow",
+        "slow_flow_figure": "figure",
+        "slow_flow_comparison": "figure",
         "train_extractor": "feature network",
         "make_reference": "reference",
         "evaluate": "metrics",
@@ -107,12 +115,12 @@ def render(where: Where, row: str | None, configs: list[str]) -> str:
     lines = []
     for name in dict.fromkeys(cell.row for cell in measured):
         of_row = [cell for cell in measured if cell.row == name]
-        checkpoint = of_row[0].checkpoint
         lines += [f"{table}/{name}  {config.row(table, name).label}"]
-        jobs = {"row": Job("row", (table, name)), "weights": _weights(config, checkpoint)}
-        lines += [_file(where, what, job, 2) for what, job in jobs.items()]
+        lines += [_file(where, "row", Job("row", (table, name)), 2)]
+        checkpoints = dict.fromkeys(cell.checkpoint for cell in of_row)  # of each replicate
+        lines += [_file(where, "weights", _weights(config, checkpoint), 2) for checkpoint in checkpoints]
         for file in dict.fromkeys(cell.file for cell in of_row):
-            sampler = next(cell.sampler for cell in of_row if cell.file == file)
+            checkpoint, sampler = next((cell.checkpoint, cell.sampler) for cell in of_row if cell.file == file)
             metrics = [METRICS[cell.metric].name for cell in of_row if cell.file == file]
             parts = tuple(Path(file).parts[2:-1])
             evaluate = Job("evaluate" if len(parts) == 2 else "evaluate_further", parts)
@@ -121,7 +129,7 @@ def render(where: Where, row: str | None, configs: list[str]) -> str:
             lines += [_file(where, "metrics", evaluate, 4)]
             lines += [f"    entries  {', '.join(_entries(config, checkpoint, sampler, parts[2:]))}"]
             lines += [f"    {_command(where, evaluate, options)}"]
-        lines += [f"  {_command(where, jobs['row'], options)}"]
+        lines += [f"  {_command(where, Job('row', (table, name)), options)}"]
     quoted = [entry.key for entry in config.tables[table].rows if entry.quoted and row in (None, entry.key)]
     if quoted:
         lines.append(f"quoted from the paper, nothing is run: {', '.join(quoted)}")
@@ -129,7 +137,9 @@ def render(where: Where, row: str | None, configs: list[str]) -> str:
 
 
 def _weights(config: Config, checkpoint: str) -> Job:
-    return Job("train" if config.checkpoints[checkpoint].train else "import_weights", (checkpoint,))
+    origin = config.checkpoints[checkpoint]
+    rule = "train" if origin.train else "import_weights" if origin.weights else "make_exact"
+    return Job(rule, (checkpoint,))
 
 
 def _file(where: Where, what: str, job: Job, indent: int) -> str:
@@ -147,6 +157,8 @@ def _entries(config: Config, checkpoint: str, sampler: str, further: tuple[str, 
     yield f"samplers.{sampler}"
     if guide := config.samplers[sampler].guidance.guide:
         yield f"checkpoints.{guide}"
+    if clock := config.slice("sample", checkpoint, sampler).get("clock"):
+        yield f"clocks.{clock}"
     reference = further[0] if further else config.reference_of(checkpoint)
     yield f"references.{reference}"
     yield f"extractors.{config.references[reference].extractor}"

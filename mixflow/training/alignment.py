@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ def aligned_flow_matching_loss(
     interpolant: Interpolant,
     targets: Sequence[Tensor],  # one [B,N,D_j] per encoder: the features of the image behind `data`
     coefficient: float,  # 0.5 in the paper
+    **options: Any,  # of flow_matching_loss
 ) -> Tensor:
     """Return flow_matching_loss + coefficient * alignment_loss of each sample, float32 [B], from one network call."""
     projections: list[Tensor] = []
@@ -42,7 +44,7 @@ def aligned_flow_matching_loss(
         projections.extend(found)
         return velocity
 
-    denoising = flow_matching_loss(velocity, noise, data, t, m, interpolant)
+    denoising = flow_matching_loss(velocity, noise, data, t, m, interpolant, **options)
     return denoising + coefficient * alignment_loss(projections, targets)
 
 

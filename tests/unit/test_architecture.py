@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "mixflow"
 FLOORS = {
     1: {"flow", "config", "runtime"},
-    2: {"models", "autoencoders", "data", "training", "sampling", "evaluation", "tables"},
+    2: {"models", "autoencoders", "data", "training", "sampling", "evaluation", "tables", "report"},
     3: {"stages"},
     4: {"cli"},
     5: {"__main__"},

@@ -18,6 +18,7 @@ import yaml
 from mixflow import config as module
 from mixflow.config import (
     Config,
+    FixedStep,
     check_image,
     check_latents,
     check_weights_file,
@@ -26,6 +27,7 @@ from mixflow.config import (
     slice_key,
     to_json,
 )
+from mixflow.config.samplers import CORRECTIONS
 from mixflow.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,6 +127,18 @@ SDE = {
     "last_step": "mean",
     "last_step_size": 0.04,
 }
+
+DOPRI5 = {
+    "solver": "dopri5", "atol": 1e-6, "rtol": 1e-3, "labels": "balanced", "num_images": 100, "to_uint8": "round",
+    "guidance": {"scale": 1.0, "channels": "all", "interval": [0.0, 1.0]}, "state": "float32", "precision": "fp32",
+    "seed": 0,
+}  # fmt: skip
+SCALING = {"factor": 1.01, "start": 0.1}
+SHIFT = {"window": 0.03, "interval": [0.01, 0.7]}
+CORRECTION = {"band": "low", "strength": 0.02}
+ROLLOUT = {"step_size": 0.025, "weight": 1.0, "min_remaining": 0.05}
+CLOCK = {"interpolant": "linear", "width": 4, "num_steps": 10, "batch_size": 8, "learning_rate": 1e-3,
+         "precision": "fp32", "seed": 0}  # fmt: skip
 
 # ImageNet in an autoencoder's latents, a published network, and its post-training with REPA's alignment.
 IMAGENET: dict[str, Any] = {
@@ -278,7 +292,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"checkpoints/base/extends": "mixflow"},
      "checkpoints.base.extends: base -> mixflow -> base never ends: remove one of them"),
     ({"checkpoints/base/weights": WEIGHTS},
-     "checkpoints.base: a checkpoint has either 'train' or 'weights': write one of the two"),
+     "checkpoints.base: a checkpoint has either 'train', 'weights' or 'exact': write one of them"),
     ({"checkpoints/Base": {}},
      "checkpoints: the entry name 'Base' cannot be used in paths: take lower-case letters, digits, dots, hyphens and "
      "underscores, a letter or digit first, and not the word 'scratch'"),
@@ -298,6 +312,39 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({f"{TRAIN}/model/label_dropout": 0.0},
      "samplers.euler50-cfg2.guidance.scale: 2 cannot be used with 'base', whose label_dropout 0 leaves it without a "
      "null class: take a sampler with scale 1.0"),
+    ({"samplers/sde": {**SDE, "time_shift": SHIFT}},
+     "samplers.sde.time_shift: is defined for ODE solvers of fixed steps, not for euler_maruyama: take euler or heun"),
+    ({"samplers/euler50": {**DOPRI5, "epsilon_scaling": SCALING}},
+     "samplers.euler50.epsilon_scaling: is defined for ODE solvers of fixed steps, not for dopri5: take euler or heun"),
+    ({"samplers/euler50/solver": "midpoint", "samplers/euler50/differential_correction": CORRECTION},
+     "samplers.euler50.differential_correction: is defined for euler and heun, not for midpoint: take one of them"),
+    ({"samplers/euler50/differential_correction": {**CORRECTION, "band": "high"}},
+     "samplers.euler50.differential_correction.band: 'high' is not known"),
+    ({"samplers/euler50/epsilon_scaling": {**SCALING, "start": 0}},
+     "samplers.euler50.epsilon_scaling.start: 0 is out of range: it must be above 0"),
+    ({"samplers/euler50/epsilon_scaling": {**SCALING, "factor": 0.0}},
+     "samplers.euler50.epsilon_scaling.factor: 0.0 is out of range: it must be above 0"),
+    ({"samplers/euler50/epsilon_scaling": SCALING, f"{TRAIN}/interpolant": "gvp"},
+     "samplers.euler50.epsilon_scaling: its formula is that of the linear path, and the interpolant of 'base' is gvp: "
+     "take a checkpoint with interpolant linear"),
+    ({"samplers/euler50/time_shift": {**SHIFT, "interval": [0.7, 0.1]}},
+     "samplers.euler50.time_shift.interval: [0.7, 0.1] is in the wrong order: write [0.1, 0.7]"),
+    ({"samplers/euler50/time_shift": SHIFT},
+     "samplers.euler50.time_shift: there is no clock for 'digits', the latents of 'base': add an entry of that name"),
+    ({"samplers/euler50/differential_correction": CORRECTION, "datasets/digits/resolution": 31,
+      f"{TRAIN}/model/patch_size": 31},
+     "samplers.euler50.differential_correction.band: low takes blocks of 2x2, into which the latents of 'base', 31 "
+     "wide, cannot be cut: write pixel"),
+    ({f"{TRAIN}/self_rollout": ROLLOUT, f"{TRAIN}/interpolant": "gvp"},
+     "checkpoints.base.train.self_rollout: its target is a straight line to the data, which interpolant 'gvp' does not "
+     "follow: write linear, or leave it out"),
+    ({f"{TRAIN}/self_rollout": {**ROLLOUT, "step_size": 0.0}},
+     "checkpoints.base.train.self_rollout.step_size: 0.0 is out of range: it must be above 0"),
+    ({f"{TRAIN}/input_perturbation": -0.1},
+     "checkpoints.base.train.input_perturbation: -0.1 is out of range: it must be at least 0"),
+    ({f"{TRAIN}/endpoint_target": {"min_remaining": 0.05}, f"{TRAIN}/law": "matched", f"{TRAIN}/gamma": 0.8},
+     "checkpoints.base.train.endpoint_target: under law 'matched' the input lies where the label says, so that it is "
+     "the plain target: leave it out, or take a law of mixflow, blind, uniform_slowed"),
     ({"samplers/sde": {**SDE, "last_step": "none"}},
      "samplers.sde.last_step_size: 0.04 contradicts last_step: none: write 0.0"),
     ({"samplers/sde": SDE, "checkpoints/own": {"weights": WEIGHTS}, "tables/demo/columns/0/sampler": "sde",
@@ -493,6 +540,36 @@ def test_lookups() -> None:
 def test_network_calls_per_image(settings: dict[str, Any], calls: int | None) -> None:
     config = resolve(changed({"samplers/other": {"extends": "euler50", **settings}}))
     assert config.slice("evaluate", "base", "other").get("network_calls_per_image") == calls
+
+
+@pytest.mark.parametrize(
+    ("settings", "calls", "read", "described"),
+    [
+        ({"epsilon_scaling": SCALING}, 50, 0, "Euler 50, noise / 1.01 from t = 0.1"),
+        ({"time_shift": SHIFT}, 50, 35, "Euler 50, labels by the clock within 0.015 for t in [0.01, 0.7]"),
+        ({"time_shift": SHIFT, "solver": "heun", "num_steps": 10}, 20, 14, None),  # steps from and to .1 ... .7
+        ({"time_shift": SHIFT, "guidance": {"scale": 2.0}}, 100, 35, None),  # both calls are told the same
+        ({"differential_correction": CORRECTION}, 50, 0, "Euler 50, low correction 0.02"),
+    ],
+)
+def test_corrections_cost_no_calls_of_the_network(
+    settings: dict[str, Any], calls: int, read: int, described: str | None
+) -> None:
+    config = resolve(changed({"clocks": {"digits": CLOCK}, "samplers/other": {"extends": "euler50", **settings}}))
+    assert config.slice("evaluate", "base", "other")["network_calls_per_image"] == calls
+    sampler = config.samplers["other"]
+    assert isinstance(sampler, FixedStep)
+    assert len(sampler.clock_times) == read
+    assert ("clock" in config.slice("sample", "base", "other")) == (read > 0)
+    assert described is None or sampler.description == described
+
+
+def test_entries_without_an_arm_have_no_key_of_one() -> None:
+    """What was made before there were arms is what the config asks for still."""
+    config = resolve(changed({}))
+    assert not {"input_perturbation", "self_rollout", "endpoint_target"} & config.slice("train", "base")["train"].keys()
+    sampled = config.slice("sample", "base", "euler50")
+    assert not {*CORRECTIONS, "clock"} & {*sampled, *sampled["sampler"]}
 
 
 def every_slice(config: Config) -> dict[str, str]:
@@ -842,7 +919,7 @@ def test_rae_is_trained_from_pixels_or_from_a_cache() -> None:
 def test_the_sizes_of_the_shipped_caches() -> None:
     """The numbers that config.yaml and the documentation state, in GB."""
     config = load_config(CONFIG)
-    sizes = {name: round(config.bytes_of(name) / 1e9) for name in config.latents if name != "digits"}
+    sizes = {name: round(config.bytes_of(name) / 1e9) for name in config.latents if name.startswith("imagenet")}
     assert sizes == {
         "imagenet-256": 42,
         "imagenet-512": 168,

@@ -85,7 +85,7 @@ def run(made, out, **other):
 def test_samples_get_every_metric(made, tmp_path):
     result = run(made, tmp_path / "metrics.json")
     assert list(result) == [
-        "metrics", "standard_errors", "num_images", "labels", "warnings", "protocol", "parents",
+        "metrics", "standard_errors", "group_influences", "num_images", "labels", "warnings", "protocol", "parents",
     ]  # fmt: skip
     assert set(result["metrics"]) == {name for name, metric in METRICS.items() if metric.kind == "inception"}
     assert set(result["standard_errors"]) == set(result["metrics"])

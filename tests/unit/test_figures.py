@@ -105,13 +105,57 @@ def test_the_base_has_its_own_panel_only_where_its_steps_differ(tmp_path: Path) 
 
 def test_points_are_the_measured_cells_by_steps() -> None:
     row = make_row("a", {(50, 1.0): 3.0, (5, 1.0): 9.0, (10, 1.0): None, (5, 2.0): 4.0})
-    assert draw_figures._points(row, "fd", lambda scale: scale == 1) == [(5, 9.0), (50, 3.0)]
+    assert draw_figures._points(row, "fd", (False, "")) == [(5, 9.0, None), (50, 3.0, None)]
+    row["cells"][0] |= {"solver": "heun", "interval": [2.5, 3.5]}
+    assert draw_figures._points(row, "fd", (False, "heun")) == [(50, 3.0, (2.5, 3.5))]
+    assert draw_figures._points(row, "fd", (False, "")) == [(5, 9.0, None)]
+
+
+def test_solvers_have_panels_and_replicates_bars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(draw_figures, "save", lambda figure, out: drawn.append(figure))
+    row = make_row("a", {(5, 1.0): 9.0, (10, 1.0): 8.0})
+    for cell, solver in zip(row["cells"][:2], ("euler", "heun"), strict=True):
+        cell |= {"solver": solver, "interval": [-1.0, 12.0]}
+    draw_steps([row], tmp_path / "steps.png")
+    assert [axes.get_title(loc="left") for axes in drawn[0].axes] == [
+        "Euler, without guidance", "Heun, without guidance"
+    ]  # fmt: skip
+    for axes in drawn[0].axes:
+        (bar,) = axes.collections
+        assert [float(y) for _, y in bar.get_segments()[0]] == [0.0, 12.0]
+        assert axes.get_ylim()[1] > 12
+
+
+def test_the_variance_ratio_is_drawn_around_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(draw_figures, "save", lambda figure, out: drawn.append(figure))
+    row = make_row("a", {(5, 1.0): 0.8, (10, 1.0): 0.9})
+    for cell in row["cells"]:
+        cell["metric"] = "variance_ratio"
+    draw_figures.draw_variance([row], tmp_path / "variance.png")
+    low, high = drawn[0].axes[0].get_ylim()
+    assert 0.7 < low < 0.8
+    assert 1.0 < high < 1.1
+
+
+def test_distance_against_gamma(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(draw_figures, "save", lambda figure, out: drawn.append(figure))
+    rows = [make_row("file", {(5, 1.0): 1.0}), make_row("b", {(5, 1.0): 9.0}), make_row("a", {(5, 1.0): 8.0})]
+    for row, made_by in zip(rows, ({"file": "x"}, {"gamma": 0.8}, {"gamma": 0.0}), strict=True):
+        row["made_by"] = made_by
+    draw_figures.draw_gamma(rows, tmp_path / "gamma.png")
+    (line,) = drawn[0].axes[0].lines
+    assert [line.get_xdata().tolist(), line.get_ydata().tolist()] == [[0.0, 0.8], [8.0, 9.0]]
+    with pytest.raises(UserError, match="no FD of a trained row yet"):
+        draw_figures.draw_gamma(rows[:1], tmp_path / "gamma.png")
 
 
 def test_no_line_leaves_its_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The panels share an axis: the right one's numbers may be larger than the left one's."""
     drawn = []
-    monkeypatch.setattr(draw_figures, "_save", lambda figure, out: drawn.append(figure))
+    monkeypatch.setattr(draw_figures, "save", lambda figure, out: drawn.append(figure))
     draw_steps([make_row("a", {(5, 1.0): 9.0, (10, 1.0): 8.0, (5, 2.0): 12.0, (10, 2.0): 3.0})], tmp_path / "steps.png")
     for axes in drawn[0].axes:
         low, high = axes.get_ylim()

@@ -33,8 +33,9 @@ LAPTOP = Machine(gpus=0, cores=2)
 
 
 def one_of_each_network(config):
-    """Yield (name, options) of the checkpoints, of equal networks one."""
-    names = {repr(config.network_options(name)): name for name in config.checkpoints}
+    """Yield (name, options) of the checkpoints that are networks, of equal ones one."""
+    networks = [name for name, checkpoint in config.checkpoints.items() if not checkpoint.exact]
+    names = {repr(config.network_options(name)): name for name in networks}
     for name in names.values():
         yield name, config.network_options(name)
 
@@ -220,12 +221,14 @@ TABLES = [*CONFIG.paper_tables(), "other_metrics", "digits"]
         (TABLES, False),
         (TABLES, True),
         (["paper"], False),
+        (["digits_science"], False),
         (["results/tables/table4/sit-xl2-256.json"], False),
         (["results/samples/rae-dhxl-256-mixflow/rae-euler50-ag1.5/samples.npz"], False),
+        (["results/samples/sit-b2-256-rollout/heun50-ts/samples.npz"], False),
         (["results/metrics/sit-xl2-256-mixflow/heun250-cfg1.5/dinov2-256/metrics.json"], False),
         (["results/checkpoints/repa-xl2-256-mixflow/model.safetensors"], True),
     ],
-    ids=["config", "rehearsal", "paper", "row", "samples", "further metrics", "weights"],
+    ids=["config", "rehearsal", "paper", "science", "row", "samples", "clock", "further metrics", "weights"],
 )
 def test_it_counts_the_jobs_of_snakemake(tmp_path: Path, targets: list[str], rehearsal: bool) -> None:
     command = ["snakemake", "--dry-run", *targets, "--directory", str(tmp_path), "--cores", "1"]
@@ -308,6 +311,8 @@ def test_training_takes_its_flops() -> None:
     assert cost.devices == 8
     assert cost.basis == "FLOPs"
     assert cost.seconds == pytest.approx(work.images * 3 * CONFIG.flops("sit-xl2-256") / 8e14, rel=1e-3)
+    rollout = works.of(Job("train", ("sit-xl2-256-rollout",)))  # a step without gradient, and training where it ends
+    assert rollout.flops == {"tf32": 7 * CONFIG.flops("sit-xl2-256")}
     rae = works.of(Job("train", ("rae-dhxl-256-mixflow",)))  # encodes in float32 as it goes
     assert rae.flops["fp32"] / rae.flops["tf32"] == pytest.approx(0.0486, rel=0.01)
 
@@ -319,6 +324,11 @@ def test_sampling_takes_its_calls() -> None:
     assert work.flops == {"tf32": 49 * (network + CONFIG.flops("rae-dhs-256")), "fp32": decoder}
     assert works.of(Job("sample", ("sit-xl2-256", "heun250"))).flops["tf32"] == 498 * CONFIG.flops("sit-xl2-256")
     assert not works.of(Job("sample", ("sit-xl2-256", "dopri5-cfg1.5"))).countable
+    plain, shifted = (works.of(Job("sample", ("sit-b2-256", name))).flops for name in ("heun50", "heun50-ts"))
+    assert shifted["tf32"] == plain["tf32"]
+    read = CONFIG.samplers["heun50-ts"].clock_times
+    assert shifted["fp32"] - plain["fp32"] == len(read) * CONFIG.clocks["imagenet-256"].flops(4, 32)
+    assert len(read) == 2 * 34  # of 49 steps, those from and to k/49 in [0.01, 0.7]
 
 
 def run_record(jobs, job: Job, images_per_second: float, device: str, processes: int = 1) -> dict:

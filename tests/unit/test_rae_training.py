@@ -240,7 +240,12 @@ train.run(settings, autoencoder=autoencoder, **paths)
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(made, finished, tmp_path):
+@pytest.mark.parametrize("rollout", [False, True], ids=["plain", "rollout"])
+def test_two_processes_train_what_one_does(made, finished, tmp_path, rollout):
+    """A rollout calls the network three times before one backward pass, which DDP has to take part in."""
+    changes = {"self_rollout": {"step_size": 0.1, "weight": 1.0, "min_remaining": 0.05}} if rollout else {}
+    settings = settings_for(encode=True, **changes)
+    expected, expected_losses, *_ = run(made, tmp_path / "one", encode=True, settings=settings) if rollout else finished
     script = tmp_path / "run.py"
     script.write_text(RUN)
     paths = {
@@ -248,10 +253,10 @@ def test_two_processes_train_what_one_does(made, finished, tmp_path):
         "scratch": tmp_path / "scratch", **{role: made["records"][role] for role in ("encoder", "statistics")},
     }  # fmt: skip
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    arguments = [json.dumps(settings_for(encode=True)), json.dumps({name: str(path) for name, path in paths.items()})]
+    arguments = [json.dumps(settings), json.dumps({name: str(path) for name, path in paths.items()})]
     assert subprocess.run([*launch, *arguments], cwd=ROOT, timeout=300).returncode == 0
     losses = json.loads((tmp_path / "losses.json").read_text())["loss"]
-    assert losses == pytest.approx(finished[1], rel=1e-4)
+    assert losses == pytest.approx(expected_losses, rel=1e-4)
     weights = load_file(tmp_path / "model.safetensors")
-    for name, tensor in finished[0].items():
+    for name, tensor in expected.items():
         assert (tensor - weights[name]).abs().mean() < 1e-5, name

@@ -13,13 +13,21 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from mixflow.models import build_model, save_model
+from mixflow.models import Clock, build_model, load_clock, save_clock, save_model
 from mixflow.runtime.errors import UserError
 from mixflow.runtime.files import write_json
 from mixflow.runtime.npz import NpzWriter
 from mixflow.runtime.seeds import Stream, normal
 from mixflow.runtime.stopping import StopRequest, Unfinished
-from mixflow.sampling import autoguided_velocity, sample, time_grid
+from mixflow.sampling import (
+    autoguided_velocity,
+    differential_correction,
+    epsilon_scaled,
+    guided_velocity,
+    sample,
+    time_grid,
+    time_shifted,
+)
 from mixflow.stages import sample as stage
 from mixflow.stages.networks import network_from_file
 from tests.conftest import ROOT
@@ -285,6 +293,71 @@ def test_labels_do_not_depend_on_how_they_are_cut():
     everything = {rule: stage.draw_labels(rule, 0, 20, 10) for rule in ("balanced", "random", "balanced_shuffled")}
     assert torch.equal(everything["balanced"], torch.arange(20) % 10)
     assert torch.equal(stage.draw_labels("random", 0, 7, 10), everything["random"][:7])
+
+
+# ---- methods against exposure bias
+
+GUIDED = {"guidance": {"scale": 1.5, "channels": 2, "interval": [0.0, 1.0]}}
+CORRECTED = {
+    "epsilon_scaling": {"factor": 1.05, "start": 0.1},
+    "time_shift": {"window": 0.2, "interval": [0.3, 1.0]},
+    "differential_correction": {"band": "low", "strength": 0.1},
+}
+NEUTRAL = {
+    "epsilon_scaling": {"factor": 1.0, "start": 0.1},
+    "time_shift": {"window": 0.0, "interval": [0.3, 1.0]},
+    "differential_correction": {"band": "low", "strength": 0.0},
+}
+
+
+@pytest.fixture
+def clock(tmp_path):
+    torch.manual_seed(0)
+    net = Clock(in_channels=3, width=4)
+    save_clock(tmp_path / "clock.safetensors", net.state_dict(), net.options)
+    return tmp_path / "clock.safetensors"
+
+
+def corrected(**sampler):
+    return {**settings(**GUIDED, **sampler), **({"clock": "pixels"} if "time_shift" in sampler else {})}
+
+
+def test_corrections_act_on_the_guided_velocity(run, monkeypatch, weights, clock):
+    """The latents are those of the sampling room, and run.json tells who took part and what it cost."""
+    decoded = []
+    with_codec(monkeypatch, lambda latents: decoded.append(latents.clone()))
+    out = run(settings=corrected(**CORRECTED), clock=clock, batch=NUM_IMAGES)
+
+    network = network_from_file(settings()["model"], weights)
+    labels = torch.from_numpy(np.load(out)["arr_1"])
+    velocity = guided_velocity(network, labels, network.null_label, 1.5, channels=2)
+    velocity = epsilon_scaled(time_shifted(velocity, load_clock(clock), 0.2, (0.3, 1.0)), 1.05, 0.1)
+    noise = normal(0, Stream.NOISE, 0, torch.arange(NUM_IMAGES), (3, 4, 4))
+    correction = differential_correction("low", 0.1)
+    expected = sample(velocity, noise, solver="euler", times=time_grid(3), correction=correction)
+    torch.testing.assert_close(decoded[0], expected, rtol=0, atol=1e-6)
+
+    made = json.loads((out.parent / "run.json").read_text())
+    assert set(made["parents"]) == {"weights", "clock"}
+    assert made["measured"]["network_calls_per_image"] == 6
+    assert made["measured"]["clock_calls_per_image"] == 2  # at t = 1/3 and 2/3
+    with np.load(out) as whole, np.load(run("cut", corrected(**CORRECTED), clock=clock, batch=4)) as cut:
+        assert np.abs(whole["arr_0"].astype(int) - cut["arr_0"]).max() <= 1
+
+
+@pytest.mark.parametrize("key", CORRECTED)
+def test_neutral_corrections_give_the_same_bytes(run, clock, key):
+    plain = run("plain", corrected()).read_bytes()
+    given = {"clock": clock} if key == "time_shift" else {}
+    assert run("neutral", corrected(**{key: NEUTRAL[key]}), **given).read_bytes() == plain
+    assert run("acting", corrected(**{key: CORRECTED[key]}), **given).read_bytes() != plain
+
+
+def test_a_clock_is_given_where_there_is_a_time_shift(run, clock):
+    with pytest.raises(UserError, match="'euler3' has a time shift: give the clock of its latents with --clock"):
+        run(settings=corrected(**CORRECTED))
+    with pytest.raises(UserError, match=r"'euler3' has no time shift: leave out '.*clock\.safetensors', or add"):
+        run(settings=corrected(), clock=clock)
 
 
 # ---- autoguidance

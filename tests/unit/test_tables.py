@@ -94,6 +94,20 @@ def test_a_metric_that_is_not_in_the_file() -> None:
         build_row(ROW, files.get)
 
 
+def test_a_row_says_which_arm_made_it() -> None:
+    settings = CONFIG.slice("row", "digits_exposure_bias", "digits-rollout")
+    page = "\n".join(rendered_notes(settings))
+    assert "law uniform, gamma 0, self-rollout of 0.025 with weight 1, seed" in page
+    for checkpoint, words in (("digits-perturbed", "input perturbation 0.1"), ("digits-mixec-g0.8", "target from the")):
+        assert words in "\n".join(rendered_notes(CONFIG.slice("row", "digits_exposure_bias", checkpoint)))
+
+
+def rendered_notes(row: dict[str, Any]) -> list[str]:
+    """The lines of a page that holds one row of the config, of which nothing is measured."""
+    table = {**CONFIG.slice("render", row["table"]), "rows": [row["row"]], "figures": []}
+    return render_markdown(table, [build_row(row, lambda path: None)], {}).splitlines()
+
+
 def test_markdown() -> None:
     rows = [other_row("base", 12.3456, 0.9), build_row(ROW, files_with(10.4).get)]
     lines = render_markdown(TABLE, rows, {"steps": "t/steps.png"}).splitlines()

@@ -11,6 +11,7 @@ import torch
 from mixflow.evaluation.frechet import covariance_factor, frechet_distance, frechet_distance_to, frechet_influence
 from mixflow.evaluation.inception_score import inception_score, inception_score_influence
 from mixflow.evaluation.kernel import kernel_distance
+from mixflow.evaluation.metrics import variance_ratio, variance_ratio_influence
 from mixflow.evaluation.moments import moments
 from mixflow.evaluation.precision_recall import density_coverage, precision_recall, squared_radii
 from mixflow.evaluation.uncertainty import (
@@ -18,6 +19,7 @@ from mixflow.evaluation.uncertainty import (
     Spread,
     density_coverage_estimate,
     frechet_estimate,
+    group_influences,
     inception_score_estimate,
     kid_estimate,
     precision_recall_estimate,
@@ -188,7 +190,7 @@ def test_frechet_influence_outlives_dead_features():
     alive = frechet_estimate(*moments(reference), rows)
     dead = torch.zeros(300, 2)
     found = frechet_estimate(*moments(torch.cat([reference, dead], dim=1)), torch.cat([rows, dead[:200]], dim=1))
-    assert found == (pytest.approx(alive.value, abs=1e-6), pytest.approx(alive.standard_error, rel=1e-4))
+    assert found[:2] == (pytest.approx(alive.value, abs=1e-6), pytest.approx(alive.standard_error, rel=1e-4))
 
 
 def test_inception_score_influence_is_the_derivative():
@@ -210,6 +212,70 @@ def test_inception_score_influence_is_the_derivative():
     assert (above - weighted(weights)) / (2 * step) * 60 == pytest.approx(float(influence[3]), rel=1e-6)
 
 
+def test_variance_ratio_influence_is_the_derivative():
+    g = generator(5)
+    images, reference = features(40, 6, g, 0.3, 0.8).double(), features(50, 6, g).double()
+    value, influence = variance_ratio_influence(images, reference)
+    assert value == variance_ratio(images, reference)
+
+    def weighted(weights: torch.Tensor) -> float:
+        mean = weights @ images / weights.sum()
+        squares = (images - mean).square().sum(dim=1)
+        return float(weights @ squares / weights.sum() * 40 / 39 / reference.var(dim=0).sum())
+
+    weights, step = torch.ones(40).double(), 1e-4
+    assert weighted(weights) == pytest.approx(value, rel=1e-12)
+    weights[3] = 1 + step
+    above = weighted(weights)
+    weights[3] = 1 - step
+    slope = (above - weighted(weights)) / (2 * step) * 40
+    assert slope == pytest.approx(float(influence[3] - influence.mean()), rel=1e-6)
+
+
+# Differences of two models' metrics, whose samples share noise and labels.
+
+
+def paired_sets(g: torch.Generator, n: int, change: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Samples [n, 4] of two models from the same noise: the second answers it a little differently."""
+    noise = features(n, 4, g)
+    return 0.9 * noise + 0.2, (0.9 - change) * noise + 0.2 + change * features(n, 4, g)
+
+
+def paired_error(mu, sigma, sets) -> float:
+    groups = [frechet_estimate(mu, sigma, rows).groups for rows in sets]
+    return math.sqrt(10 / 9 * sum((a - b) ** 2 for a, b in zip(*groups, strict=True)))
+
+
+@pytest.mark.parametrize("change", [0.1, 0.5])
+def test_the_error_of_a_paired_difference_drawn_again(change):
+    g = generator(6)
+    mu, sigma = moments(features(20_000, 4, g))
+    differences, errors = [], []
+    for _ in range(150):
+        sets = paired_sets(g, 400, change)
+        one, other = (frechet_distance_to(mu, sigma, rows) for rows in sets)
+        differences.append(one - other)
+        errors.append(paired_error(mu, sigma, sets) ** 2)
+    truth = torch.tensor(differences).std().item()
+    assert math.sqrt(sum(errors) / len(errors)) == pytest.approx(truth, rel=0.2)
+    # As if the sets had nothing in common, it would be far too large.
+    apart = math.hypot(*(frechet_estimate(mu, sigma, rows).standard_error for rows in sets))
+    assert change > 0.1 or apart > 2 * truth
+
+
+def test_the_error_of_a_paired_difference_is_that_of_a_paired_bootstrap():
+    g = generator(7)
+    mu, sigma = moments(features(20_000, 4, g))
+    sets = paired_sets(g, 1000, 0.3)
+    drawn = []
+    for _ in range(150):
+        rows = torch.randint(0, 1000, (1000,), generator=g)
+        one, other = (frechet_distance_to(mu, sigma, rows_of[rows]) for rows_of in sets)
+        drawn.append(one - other)
+    # One set of ten groups knows its error to a quarter.
+    assert paired_error(mu, sigma, sets) == pytest.approx(torch.tensor(drawn).std().item(), rel=0.5)
+
+
 # The rest
 
 
@@ -217,6 +283,12 @@ def test_standard_error_of_a_mean():
     values = features(20_000, 1, generator(), 5, 3)[:, 0].double()
     assert standard_error(values) == pytest.approx(3 / 20_000**0.5, rel=0.35)  # 20 groups
     assert standard_error(values[:19]) is None
+    groups = group_influences(values)
+    assert groups is not None
+    assert len(groups) == 20
+    assert sum(groups) == pytest.approx(0, abs=1e-12)
+    assert groups[1] == pytest.approx(float((values[1000:2000] - values.mean()).sum()) / 20_000)
+    assert group_influences(values[:19]) is None
     assert standard_error(torch.full((20,), 0.1)) == pytest.approx(0, abs=1e-8)
     in_turn = (torch.arange(5000) % 5).double()
     assert standard_error(in_turn) == pytest.approx(0, abs=1e-12)
@@ -226,8 +298,8 @@ def test_shares_at_their_limits():
     g = generator()
     reference = features(100, 4, g)
     far, near = features(100, 4, g, 1000), reference.repeat(3, 1)
-    assert precision_recall_estimate(reference, far, mode="exact") == ((0, 0), (0, 0))
-    assert density_coverage_estimate(reference, near)[1] == (1, 0)
+    assert [one[:2] for one in precision_recall_estimate(reference, far, mode="exact")] == [(0, 0), (0, 0)]
+    assert density_coverage_estimate(reference, near)[1][:2] == (1, 0)
     assert [one.standard_error for one in precision_recall_estimate(reference, far[:10])] == [None, None]
     assert [one.standard_error for one in density_coverage_estimate(reference, far[:10])] == [None, None]
 

@@ -54,14 +54,14 @@ def one_of(names):
 
 
 def on_digits(wildcards):
-    """Whether a job works on digits, which a CPU does in minutes. ImageNet takes GPUs, much memory, and long."""
+    """Whether a job works on digits or less, which a CPU does in minutes. ImageNet takes GPUs, much memory, and long."""
     if "checkpoint" in wildcards.keys():
         latents = settings.latents_of(wildcards.checkpoint)
     elif "reference" in wildcards.keys():
         latents = settings.get("references", wildcards.reference).latents
     else:
         latents = wildcards.latents
-    return latents is not None and settings.dataset_of(latents).kind == "digits"
+    return latents is not None and settings.dataset_of(latents).kind != "imagenet"
 
 
 def sized(digits, imagenet):
@@ -291,6 +291,12 @@ def weights_file(wildcards):
         raise user_error(error) from None
 
 
+def exact_latents(wildcards):
+    """The cache that an exact field is made of; none where the spectrum of its dataset says all."""
+    exact = settings.slice("make_exact", wildcards.checkpoint)["exact"]
+    return [] if "spectrum" in exact else whole_latents(exact["latents"])
+
+
 # --- inputs of sample
 
 
@@ -301,6 +307,58 @@ def guide_parts(wildcards):
         return {"guide": [], "guide_record": []}
     weights = paths.weights(guide)
     return {"guide": ancient(weights), "guide_record": record_of(weights)}
+
+
+def shifting_clock(wildcards):
+    """The learned clock of a checkpoint's latents, where the sampler tells the network what it reads."""
+    sampler = settings.get("samplers", wildcards.sampler)
+    if getattr(sampler, "time_shift", None) is None:
+        return {"clock": [], "clock_record": []}
+    return clock_parts(wildcards)
+
+
+# --- inputs of train_clock, slow_flow and its figures
+
+
+def clock_uses(latents):
+    """What a clock asks of the autoencoder: to make latents of what is stored, and first of all to store it."""
+    if settings.latents[latents].encoded_from is None:
+        return ("latents",)
+    return ("encode", "latents")
+
+
+def clock_autoencoder(wildcards):
+    uses = clock_uses(wildcards.latents)
+    return autoencoder_inputs(own_latents, *uses)(wildcards)
+
+
+def clock_autoencoder_option(wildcards, input):
+    uses = clock_uses(wildcards.latents)
+    return autoencoder_option(own_latents, *uses)(wildcards, input)
+
+
+def clock_parts(wildcards):
+    """The learned clock of a checkpoint's latents, where there is one."""
+    name = settings.clock_of(wildcards.checkpoint)
+    if name is None:
+        return {"clock": [], "clock_record": []}
+    clock = paths.clock(name)
+    return {"clock": ancient(clock), "clock_record": record_of(clock)}
+
+
+def slow_flow_arms(*names):
+    """An input function: Slow Flow of every checkpoint in a figure."""
+
+    def files(wildcards):
+        figure = settings.slice(
+            "slow_flow_figure", *(wildcards[name] for name in names)
+        )
+        return [
+            paths.slow_flow(arm["checkpoint"], figure["sampler"])
+            for arm in figure["arms"]
+        ]
+
+    return files
 
 
 # --- inputs of evaluate
@@ -350,7 +408,7 @@ def row_metrics(wildcards):
 def figure_inputs(wildcards):
     """Rows are small and stand for themselves; larger files are triggered by the run records beside them."""
     files = figure_files(settings.slice("figure", wildcards.table, wildcards.figure))
-    if wildcards.figure == "steps":
+    if wildcards.figure in ("steps", "gamma", "variance"):
         return {"drawn_from": files}
     return {
         "drawn_from": ancient(files),

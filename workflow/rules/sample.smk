@@ -1,6 +1,7 @@
 rule sample:
     input:
         unpack(guide_parts),
+        unpack(shifting_clock),
         weights=ancient(paths.weights("{checkpoint}")),
         weights_record=record_of(paths.weights("{checkpoint}")),
         autoencoder=autoencoder_inputs(sampled_latents, "decode"),
@@ -22,8 +23,9 @@ rule sample:
         limits=limits,
         batch=rows_per_pass("--batch"),
         guide=option("--guide", "guide"),
+        clock=option("--clock", "clock"),
         autoencoder=autoencoder_option(sampled_latents, "decode"),
     shell:
         "{params.launch} sample {wildcards.checkpoint:q} {wildcards.sampler:q} --settings {params.settings:q}"
-        " --weights {input.weights:q} {params.guide} {params.autoencoder} {params.batch}"
+        " --weights {input.weights:q} {params.guide} {params.clock} {params.autoencoder} {params.batch}"
         " {params.limits} --out {output.samples:q} --log {log:q}"

@@ -59,3 +59,24 @@ rule import_weights:
     shell:
         "python -m mixflow import-weights {wildcards.checkpoint:q} --settings {params.settings:q}"
         " --file {input.file:q} --out {output.weights:q} --log {log:q}"
+
+
+rule make_exact:
+    input:
+        latents=exact_latents,
+    output:
+        weights=paths.weights("{checkpoint}"),
+        record=record_of(paths.weights("{checkpoint}")),
+    log:
+        "logs/make_exact/{checkpoint}.log",
+    wildcard_constraints:
+        checkpoint=one_of(settings.exact_checkpoints()),
+    resources:
+        mem_mb=sized(digits=4000, imagenet=128000),
+        runtime=60,
+    params:
+        settings=slice_of("make_exact", "checkpoint"),
+        latents=option("--latents", "latents"),
+    shell:
+        "python -m mixflow make-exact {wildcards.checkpoint:q} --settings {params.settings:q} {params.latents}"
+        " --out {output.weights:q} --log {log:q}"
