@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mixflow.evaluation.arrays import Array, as_tensor
 from mixflow.runtime.errors import UserError
-from mixflow.runtime.files import atomic_path
+from mixflow.runtime.own_weights import read_own_weights, write_own_weights
 
 # Random shifts in training, so that features do not hinge on single pixels.
 _MAX_SHIFT_PIXELS = 2
@@ -150,26 +147,13 @@ def _shifted(pixels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def save_classifier(path: str | os.PathLike[str], classifier: Classifier) -> None:
-    """Write weights and sizes as safetensors, atomically; equal weights give equal bytes."""
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in classifier.state_dict().items()}
-    # One metadata key only: safetensors writes several in no fixed order.
-    metadata = {"mixflow": json.dumps({"kind": "classifier", **classifier.settings}, sort_keys=True)}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    """Write weights and sizes as `write_own_weights` does."""
+    write_own_weights(path, "classifier", classifier.state_dict(), classifier.settings)
 
 
 def load_classifier(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Classifier:
-    """Read what `save_classifier` wrote, in eval mode. `UserError` for a missing file or one of another kind."""
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            settings = json.loads((file.metadata() or {}).get("mixflow", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except FileNotFoundError:
-        raise UserError(f"classifier '{path}' does not exist: train it first, or correct the path") from None
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"classifier '{path}' cannot be read ({error}): delete it and train it again") from None
-    if settings.pop("kind", None) != "classifier":
-        raise UserError(f"'{path}' is no classifier written by mixflow: give the file that training one made")
+    """Read what `save_classifier` wrote, in eval mode. Raises `UserError` as `read_own_weights` does."""
+    weights, settings = read_own_weights(path, "classifier", "train-extractor")
     classifier = Classifier(**settings)
-    classifier.load_state_dict(tensors)
+    classifier.load_state_dict(weights)
     return classifier.to(device).eval()

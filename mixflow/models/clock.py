@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mixflow.runtime.errors import UserError
-from mixflow.runtime.files import atomic_path
+from mixflow.runtime.own_weights import read_own_weights, write_own_weights
 
 
 class Clock(nn.Module):
@@ -45,26 +41,13 @@ class Clock(nn.Module):
 
 
 def save_clock(path: str | os.PathLike[str], weights: dict[str, Tensor], options: dict[str, int]) -> None:
-    """Write a clock's state dict and options as safetensors, atomically; equal weights give equal bytes."""
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
-    # One metadata key only: safetensors writes several in no fixed order.
-    metadata = {"mixflow": json.dumps({"kind": "clock", **options}, sort_keys=True)}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    """Write a clock's state dict and options as `write_own_weights` does."""
+    write_own_weights(path, "clock", weights, options)
 
 
 def load_clock(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Clock:
-    """Read what `save_clock` wrote, in eval mode. `UserError` for a missing file or one of another kind."""
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            options = json.loads((file.metadata() or {}).get("mixflow", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except FileNotFoundError:
-        raise UserError(f"clock '{path}' does not exist: train it with train-clock, or correct the path") from None
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"clock '{path}' cannot be read ({error}): delete it and train it again") from None
-    if options.pop("kind", None) != "clock":
-        raise UserError(f"'{path}' is no clock written by mixflow: give the file that train-clock made")
+    """Read what `save_clock` wrote, in eval mode. Raises `UserError` as `read_own_weights` does."""
+    weights, options = read_own_weights(path, "clock", "train-clock")
     clock = Clock(**options)
-    clock.load_state_dict(tensors)
+    clock.load_state_dict(weights)
     return clock.to(device).eval().requires_grad_(False)
