@@ -215,40 +215,8 @@ class Gaussian(Entry):
         return self
 
 
-class Pixels(Entry):
-    """No autoencoder: latents are the pixels, scaled to [-1, 1]."""
-
-    kind: Literal["pixels"]
-
-    def files_for(self, *uses: Use) -> dict[str, str]:
-        """Return the downloads that these uses need, by role: none."""
-        return {}
-
-    def settings(self) -> dict[str, Any]:
-        """Return what decides the latents, apart from the files."""
-        return self.dump()
-
-    def latent_shape(self, dataset: Dataset) -> tuple[int, int]:
-        """Return (channels, size) of the square latents of a dataset's images."""
-        return dataset.num_channels, dataset.resolution
-
-    def bytes_per_image(self, dataset: Dataset, mirrors: bool | None) -> int:
-        """Return what a cache keeps of an image: its pixels."""
-        return dataset.num_channels * dataset.resolution**2
-
-    def flops(self, use: Use, dataset: Dataset) -> int:
-        """Return the FLOPs of this use on an image: none."""
-        return 0
-
-    def file_bytes(self, role: str, dataset: Dataset) -> int:
-        """Return the size of one of its files: there are none."""
-        return 0
-
-
-class Identity(Entry):
-    """No autoencoder, for datasets of numbers that are no pixels: latents are what is drawn."""
-
-    kind: Literal["identity"]
+class NoAutoencoder(Entry):
+    """Latents are what the dataset holds."""
 
     def files_for(self, *uses: Use) -> dict[str, str]:
         """Return the downloads that these uses need, by role: none."""
@@ -262,17 +230,33 @@ class Identity(Entry):
         """Return (channels, size) of the square latents of a dataset."""
         return dataset.num_channels, dataset.resolution
 
-    def bytes_per_image(self, dataset: Dataset, mirrors: bool | None) -> int:
-        """Return what a cache keeps of a draw: its numbers, in single precision."""
-        return FULL_PRECISION * dataset.num_channels * dataset.resolution**2
-
     def flops(self, use: Use, dataset: Dataset) -> int:
-        """Return the FLOPs of this use on a draw: none."""
+        """Return the FLOPs of this use on an image: none."""
         return 0
 
     def file_bytes(self, role: str, dataset: Dataset) -> int:
         """Return the size of one of its files: there are none."""
         return 0
+
+
+class Pixels(NoAutoencoder):
+    """No autoencoder: latents are the pixels, scaled to [-1, 1]."""
+
+    kind: Literal["pixels"]
+
+    def bytes_per_image(self, dataset: Dataset, mirrors: bool | None) -> int:
+        """Return what a cache keeps of an image: its pixels."""
+        return dataset.num_channels * dataset.resolution**2
+
+
+class Identity(NoAutoencoder):
+    """No autoencoder, for datasets of numbers that are no pixels: latents are what is drawn."""
+
+    kind: Literal["identity"]
+
+    def bytes_per_image(self, dataset: Dataset, mirrors: bool | None) -> int:
+        """Return what a cache keeps of a draw: its numbers, in single precision."""
+        return FULL_PRECISION * dataset.num_channels * dataset.resolution**2
 
 
 class SDVAE(Entry):
