@@ -3,10 +3,17 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+
+# Before torch is imported, here and by all that is started from here: the number of threads decides the order of sums,
+# and so the last bit.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+
+from tests import forked
 
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)
@@ -24,12 +31,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def mixflow(tmp_path):
     """Run `python -m mixflow ...` in a fresh folder, as a user would; returns the finished process."""
-
-    def run(*arguments, cwd=tmp_path, **options):
-        command = [sys.executable, "-m", "mixflow", *map(str, arguments)]
-        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, **options)
-
-    return run
+    return partial(forked.mixflow, cwd=tmp_path)
 
 
 def run_snakemake(directory, *arguments):

@@ -97,7 +97,9 @@ def run(
             real.cache.verify()
             _fit(settings, real, work.path / "law.safetensors")
         accelerator.wait_for_everyone()
-        law = LatentLaw.of_tensors(load_file(work.path / "law.safetensors", str(accelerator.device)))
+        # By way of the host: safetensors does not know the device "cpu:0" of one process among several.
+        tensors = load_file(work.path / "law.safetensors")
+        law = LatentLaw.of_tensors({name: tensor.to(accelerator.device) for name, tensor in tensors.items()})
 
         network = load_network(settings, "model", weights, f"'{weights}'", "other weights").to(accelerator.device)
         model = settings["model"]

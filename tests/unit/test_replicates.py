@@ -131,7 +131,7 @@ def test_the_files_of_a_row_are_those_of_its_replicates_and_of_its_controls() ->
     files = metric_files(settings)
     assert paths.metrics("digits-mixflow-g0.8-seed3", "digits-euler5-seed102") in files
     assert paths.metrics("digits-matched-seed2", "digits-euler5-seed101") in files
-    assert paths.metrics("digits-continued", "digits-euler50") in files
+    assert paths.metrics("digits-continued", "digits-euler20") in files
     assert len(files) == 3 * 3 * 3  # rows, replicates, samplers
     assert paths.metrics("digits-matched-seed2", "digits-euler5-seed102") not in files  # seeds go together
     own = {cell.file for cell in cells(CONFIG, TABLE) if cell.row == "digits-mixflow-g0.8"}

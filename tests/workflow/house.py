@@ -59,9 +59,9 @@ class House(NamedTuple):
 
 
 def environment() -> dict[str, str]:
-    """Return that of the commands: this interpreter's programs first; one thread, for equal bytes."""
+    """Return that of the commands: this interpreter's programs first."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def job_counts(text: str) -> dict[str, int]:

@@ -1,16 +1,11 @@
 """`python -m mixflow evaluate`, as somebody calls it who has samples, a reference and nothing else of the pipeline."""
 
 import contextlib
-import io
 import json
 import os
 import pickle
 import re
-import signal
-import subprocess
-import sys
 import time
-from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -30,6 +25,7 @@ from mixflow.evaluation import (
 from mixflow.evaluation.references import METRICS
 from mixflow.runtime.files import file_sha256, write_json
 from mixflow.stages.evaluate_files import ADM
+from tests import forked
 
 pytestmark = pytest.mark.slow
 
@@ -66,42 +62,13 @@ def made(tmp_path_factory):
 
 def environment(tmp_path, cache=None):
     """One cache for all tests, unless a test looks at it."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cache or tmp_path.parent / "cache")}
-
-
-def launched(tmp_path, *arguments, processes=1):
-    """Run the command in processes of its own; returns the finished one."""
-    launch = ["-m", "mixflow"]
-    if processes > 1:
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *launch]
-    command = [sys.executable, *launch, "evaluate", *map(str, arguments)]
-    result = subprocess.run(
-        command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=600
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result
-
-
-class Result(NamedTuple):
-    stdout: str
-    stderr: str
+    return {**os.environ, "XDG_CACHE_HOME": str(cache or tmp_path.parent / "cache")}
 
 
 def run(tmp_path, *arguments, code=0, cache=None):
-    """Run the command within this process, which saves its start."""
-    out, errors, found = io.StringIO(), io.StringIO(), 0
-    with (
-        contextlib.chdir(tmp_path),
-        mock.patch.dict(os.environ, environment(tmp_path, cache)),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(errors),
-    ):
-        try:
-            main(["evaluate", *map(str, arguments)])
-        except SystemExit as stopped:
-            found = stopped.code
-    assert found == code, errors.getvalue()[-3000:]
-    return Result(out.getvalue(), errors.getvalue())
+    result = forked.mixflow("evaluate", *arguments, cwd=tmp_path, env=environment(tmp_path, cache))
+    assert result.returncode == code, result.stderr[-3000:]
+    return result
 
 
 def common(made):
@@ -112,7 +79,7 @@ def common(made):
 def evaluated(made, tmp_path_factory):
     """(folder, result of the command) with every metric of a.npz."""
     folder = tmp_path_factory.mktemp("evaluated")
-    return folder, launched(folder, made / "a.npz", *common(made), "--metrics", "all")
+    return folder, run(folder, made / "a.npz", *common(made), "--metrics", "all")
 
 
 def told(folder, name="metrics.json"):
@@ -154,29 +121,27 @@ def test_the_terminal_shows_a_table(evaluated):
 
 
 def test_three_processes_give_the_same_bytes(made, evaluated, tmp_path):
-    launched(tmp_path, made / "a.npz", *common(made), "--metrics", "all", processes=3)
+    command = ["evaluate", made / "a.npz", *common(made), "--metrics", "all"]
+    for result in forked.together(3, *command, cwd=tmp_path, env=environment(tmp_path)):
+        assert result.returncode == 0, result.stderr[-3000:]
     assert told(tmp_path) == told(evaluated[0])
 
 
 def test_killed_and_called_again_it_gives_the_same_bytes(made, evaluated, tmp_path):
-    command = [sys.executable, "-m", "mixflow", "evaluate", made / "a.npz", *common(made), "--metrics", "all"]
+    command = ["evaluate", made / "a.npz", *common(made), "--metrics", "all"]
     for wanted in (1, 2):  # the reference's only part, then the first of the samples
-        process = subprocess.Popen(
-            [str(word) for word in command],
-            cwd=tmp_path, env=environment(tmp_path, tmp_path / "cache"),
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        process = forked.start(*command, cwd=tmp_path, env=environment(tmp_path, tmp_path / "cache"))
         pattern = "scratch/evaluate/*/*/*.safetensors"
         made_reference = tmp_path / "cache/mixflow/references"
         deadline = time.monotonic() + 120
         while len(list(tmp_path.glob(pattern))) + 9 * made_reference.exists() < (1 if wanted == 1 else 10):
-            assert process.poll() is None, "it ended before it could be killed"
+            assert process.exitcode is None, "it ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         assert not (tmp_path / "metrics.json").exists()
-    result = run(tmp_path, made / "a.npz", *common(made), "--metrics", "all", cache=tmp_path / "cache")
+    result = run(tmp_path, *command[1:], cache=tmp_path / "cache")
     assert told(tmp_path) == told(evaluated[0])
     assert "written to metrics.json" in result.stdout
     assert not list(tmp_path.glob(pattern))
@@ -194,8 +159,12 @@ def test_kept_features_serve_other_metrics_without_the_network(made, tmp_path):
     run(tmp_path, made / "a.npz", *common(made), "--metrics", "is", "--keep-features")
     kept = list(tmp_path.glob("scratch/evaluate/*/*/*.safetensors"))
     assert len(kept) == 3
-    with mock.patch("mixflow.stages.image_features.load_inception", side_effect=AssertionError):
-        run(tmp_path, made / "a.npz", *common(made), "--metrics", "fid")
+    with (  # within this process: another one would not see the patch
+        contextlib.chdir(tmp_path),
+        mock.patch.dict(os.environ, environment(tmp_path)),
+        mock.patch("mixflow.stages.image_features.load_inception", side_effect=AssertionError),
+    ):
+        main(["evaluate", str(made / "a.npz"), *map(str, common(made)), "--metrics", "fid"])
     assert list(told(tmp_path)["metrics"]) == ["fid"]
     assert not any(path.exists() for path in kept)
 

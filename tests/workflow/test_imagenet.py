@@ -3,7 +3,6 @@
 import itertools
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -284,8 +283,7 @@ def test_exported_weights_come_back(copy):
 
     for name in ("sit-xl2-256", "repa-xl2-256"):
         weights = f"results/checkpoints/{name}/model.safetensors"
-        command = [sys.executable, "-m", "mixflow", "export-weights", weights, "--out", f"{name}.pt"]
-        subprocess.run(command, cwd=copy, check=True, capture_output=True)
+        run(copy, "export-weights", weights, "--out", f"{name}.pt", config=[])
         ours, exported = load_file(copy / weights), read_state_dict(copy / f"{name}.pt")
         assert list(exported) == list(ours) or set(exported) == set(ours)
         assert all(np.array_equal(exported[key].numpy(), ours[key]) for key in ours)

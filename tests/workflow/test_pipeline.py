@@ -13,6 +13,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
+from tests import forked
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
@@ -188,13 +189,12 @@ def test_killed_anywhere_it_continues_to_the_same_bytes(finished, small, snakema
 
 def kill_command_when(is_due, *arguments, cwd) -> None:
     """Start `python -m mixflow ...` and SIGKILL it as soon as `is_due` holds."""
-    command = [sys.executable, "-m", "mixflow", *map(str, arguments)]
-    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = forked.start(*arguments, cwd=cwd)
     while not is_due():
-        assert process.poll() is None, "the command ended before it could be killed"
+        assert process.exitcode is None, "the command ended before it could be killed"
         time.sleep(0.002)
     process.kill()
-    process.wait()
+    process.join()
 
 
 def test_training_and_sampling_killed_midway_go_on_from_there(small, tmp_path, mixflow):
@@ -254,8 +254,7 @@ def two_processes(*arguments, cwd):
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mixflow"),
         *map(str, arguments),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, env=environment)
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
 
 

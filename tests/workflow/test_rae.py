@@ -3,7 +3,6 @@
 import itertools
 import json
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -198,9 +197,8 @@ def test_raes_protocol_from_file_to_pixels(copy):
 def test_exported_weights_come_back(copy):
     """Out into RAE's own format and in again, as its stage2_model.pt would come."""
     exported = copy / "stage2_model.pt"
-    command = [sys.executable, "-m", "mixflow", "export-weights"]
     weights = copy / "results/checkpoints/rae-dhxl-256/model.safetensors"
-    subprocess.run([*command, weights, "--out", exported], check=True, capture_output=True)
+    run(copy, "export-weights", weights, "--out", exported, config=[])
     published = torch.load(copy / "stand-ins/rae/DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-XL/stage2_model.pt")
     published = published.get("ema", published)
     ours = torch.load(exported, weights_only=True)

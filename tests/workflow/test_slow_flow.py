@@ -9,6 +9,9 @@ import pytest
 import yaml
 from PIL import Image
 
+from mixflow.stages.slow_flow import BLOCK
+from tests import forked
+from tests.unit.test_slow_flow import same
 from tests.workflow import house as houses
 
 pytestmark = pytest.mark.slow
@@ -65,6 +68,24 @@ def test_only_what_depends_on_an_edit_runs_again(finished, tmp_path):
     assert left_after({"clocks": {"digits": {"seed": 1}}}) == {"train_clock": 1, **measured}
     drawn = {"slow_flow_comparison": 1, "digits_slow_flow": 1}
     assert left_after({"figures": {"digits_slow_flow": {"title": "another"}}}) == drawn
+
+
+def test_two_processes_measure_what_one_does(finished, tmp_path):
+    """Two blocks of images, the second one ragged; sums may round in another order."""
+    more = tmp_path / "more.yaml"
+    more.write_text(yaml.safe_dump({"samplers": {"slow-flow-euler50": {"num_images": BLOCK + 7}}}))
+    configs = ["--config", "config.yaml", "rehearsal.yaml", "small.yaml", more]
+    made = []
+    for processes in (1, 2):
+        made.append(tmp_path / str(processes) / "slow_flow.json")
+        options = [*("--out", made[-1]), *("--scratch", tmp_path / f"scratch{processes}"), *configs]
+        command = ["slow-flow", "digits-mixflow-g0.8", "slow-flow-euler50", *options]
+        for process in forked.together(processes, *command, cwd=finished.folder):
+            assert process.returncode == 0, process.stderr[-3000:]
+    record = json.loads((made[1].parent / "run.json").read_text())
+    assert record["machine"]["processes"] == 2
+    assert record["measured"]["images_this_attempt"] == BLOCK + 7
+    same(*made, 2e-5)
 
 
 def test_plan_and_where_of_files(finished):
