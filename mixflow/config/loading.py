@@ -28,6 +28,9 @@ from mixflow.config.resolved import Config
 from mixflow.config.values import NAME_PATTERN, SCRATCH
 from mixflow.runtime.errors import UserError, did_you_mean
 
+# PyYAML's parser in C where it was built with it: a tenth of the time, which every command and every job pays.
+_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
 
 def load_config(*paths: str | os.PathLike[str]) -> Config:
     """Read YAML files, each overlaying the ones before it (mappings deeply, all else replaced), and resolve them.
@@ -42,7 +45,7 @@ def load_config(*paths: str | os.PathLike[str]) -> Config:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_YAML)
     except FileNotFoundError:
         raise UserError(f"config file '{path}' does not exist: correct the path, or go to the project's root") from None
     except yaml.YAMLError as error:
