@@ -285,11 +285,13 @@ def _log_steps(axes: Any, steps: list[int]) -> None:
 
 
 def draw_losses(loss_files: Mapping[str, Path], out: Path) -> None:
-    """Draw smoothed training losses, one curve per arm; arms of another length of training get their own panel.
+    """Draw smoothed training losses, one curve per training; those of another length get their own panel.
 
-    `loss_files` maps an arm's label to its losses.json, {"step": [...], "loss": [...]}.
+    `loss_files` maps an arm's label to its losses.json, {"step": [...], "loss": [...]}. Arms that share one differ in
+    their sampler alone: the curve is the first one's. A panel of very unlike losses is logarithmic.
     """
-    curves = {label: read_json(path) for label, path in loss_files.items()}
+    first = {path: label for label, path in reversed(list(loss_files.items()))}
+    curves = {label: read_json(path) for label, path in loss_files.items() if first[path] == label}
     groups: dict[int, list[str]] = {}
     for label, curve in curves.items():
         groups.setdefault(curve["step"][-1], []).append(label)
@@ -298,8 +300,12 @@ def draw_losses(loss_files: Mapping[str, Path], out: Path) -> None:
         figure = Figure(figsize=(4.6 * len(groups), 3.6), layout="constrained")
         for axes, labels in zip(figure.subplots(1, len(groups), squeeze=False).flat, groups.values(), strict=True):
             ends: list[End] = []
-            for label in labels:
-                steps, losses = curves[label]["step"], _smooth(np.asarray(curves[label]["loss"]))
+            drawn = {label: _smooth(np.asarray(curves[label]["loss"])) for label in labels}
+            last = [losses[-1] for losses in drawn.values()]
+            if min(last) > 0 and max(last) > 10 * min(last):
+                axes.set_yscale("log")
+            for label, losses in drawn.items():
+                steps = curves[label]["step"]
                 axes.plot(steps, losses, color=colours[label])
                 ends.append(((steps[-1], float(losses[-1])), label, colours[label]))
             axes.set_xlabel("training step")
@@ -323,20 +329,24 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 def _label_ends(axes: Any, ends: list[End]) -> None:
     """Write each line's label beside its last point, moved apart where labels would overlap."""
-    low, high = axes.get_ylim()
-    spacing = 0.075 * (high - low)  # height of a text line
+    low, high = 0.0, 1.0  # heights are shares of the axes', whatever its scale
+    spacing = 0.075  # height of a text line
     ends = sorted(ends, key=lambda end: end[0][1])
-    heights = [y for (_, y), _, _ in ends]
+    axes.get_ylim()  # settles the limits
+    to_share = axes.transData + axes.transAxes.inverted()
+    ys = [float(to_share.transform(point)[1]) for point, _, _ in ends]
+    heights = list(ys)
     for index in range(1, len(heights)):
         heights[index] = max(heights[index], heights[index - 1] + spacing)
     # Moving all back by the mean displacement centres the labels on their lines, within the axes.
-    back = sum(height - y for height, ((_, y), _, _) in zip(heights, ends, strict=True)) / len(ends)
+    back = sum(height - y for height, y in zip(heights, ys, strict=True)) / len(ends)
     heights = [height - max(min(back, heights[0] - low), heights[-1] - high) for height in heights]
     right = max(x for (x, _), _, _ in ends)
     for (_, label, colour), height in zip(ends, heights, strict=True):
         axes.annotate(
-            label, (right, height), xytext=(8, 0), textcoords="offset points", color=colour, va="center", fontsize=9
-        )
+            label, (right, height), xycoords=("data", "axes fraction"),
+            xytext=(8, 0), textcoords="offset points", color=colour, va="center", fontsize=9,
+        )  # fmt: skip
 
 
 def save(figure: Figure, out: Path) -> None:

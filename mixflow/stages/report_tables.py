@@ -260,6 +260,9 @@ class Builder:
             return pages.Answer(asked["asks"], "none", VERDICTS["none"], said, "not-run")
         gap, outcomes = beside.gaps[index], [gap.outcome for gap in beside.gaps]
         sentences = [gap.sentence]
+        if self.replicated and gap.outcome in ("better", "worse", "changed"):
+            stands = "still stands" if "(Holm)" in gap.words else "does not stand"
+            sentences.append(f"Corrected for all comparisons of its table (Holm) it {stands}.")
         if len(outcomes) > 1:
             sentences.append(f"Over the {len(outcomes)} columns of its table: {counted(outcomes)}.")
         return pages.Answer(asked["asks"], gap.outcome, VERDICTS[gap.outcome], sentences, self._anchor(beside))

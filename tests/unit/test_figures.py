@@ -103,6 +103,20 @@ def test_the_base_has_its_own_panel_only_where_its_steps_differ(tmp_path: Path) 
     assert size(tmp_path / "losses.png")[0] == pytest.approx(4.6 * 150, abs=2)
 
 
+def test_arms_that_share_a_training_share_its_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their losses would lie on each other; a target of another size does not flatten the rest."""
+    drawn: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(
+        draw_figures, "_label_ends", lambda axes, ends: drawn.append((axes.get_yscale(), [end[1] for end in ends]))
+    )
+    shared, other = write_losses(tmp_path / "a.json", 1500), write_losses(tmp_path / "b.json", 1500)
+    draw_losses({"arm": shared, "other": other, "arm, corrected": shared}, tmp_path / "losses.png")
+    large = tmp_path / "c.json"
+    large.write_text(json.dumps({"step": [750, 1500], "loss": [30.0, 20.0]}))
+    draw_losses({"arm": shared, "another target": large}, tmp_path / "losses.png")
+    assert drawn == [("linear", ["arm", "other"]), ("log", ["arm", "another target"])]
+
+
 def test_points_are_the_measured_cells_by_steps() -> None:
     row = make_row("a", {(50, 1.0): 3.0, (5, 1.0): 9.0, (10, 1.0): None, (5, 2.0): 4.0})
     assert draw_figures._points(row, "fd", (False, "")) == [(5, 9.0, None), (50, 3.0, None)]

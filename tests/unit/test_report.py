@@ -179,14 +179,17 @@ def test_replicates_are_told_one_by_one(shown: tuple[Page, Reader]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mixflow", "outcome", "words"),
+    ("mixflow", "outcome", "words", "corrected"),
     [
-        ((0.5, 0.52, 0.48), "better", "Better"),
-        ((3.0, 3.1, 2.9), "worse", "Worse"),
-        ((1.0, 3.0, 0.1), "open", "Not decided"),
+        ((0.5, 0.501, 0.499), "better", "Better", ["still stands"]),
+        ((0.75, 0.7, 0.6), "better", "Better", ["does not stand"]),
+        ((3.0, 3.1, 2.9), "worse", "Worse", ["still stands"]),
+        ((1.0, 3.0, 0.1), "open", "Not decided", []),
     ],
 )
-def test_answers_follow_from_the_numbers(tmp_path: Path, mixflow: tuple[float, ...], outcome: str, words: str) -> None:
+def test_answers_follow_from_the_numbers(
+    tmp_path: Path, mixflow: tuple[float, ...], outcome: str, words: str, corrected: list[str]
+) -> None:
     config = config_with(tmp_path, made=["seeds"], answers=[ASKED, {**ASKED, "against": "digits-base"}])
     make_table(config, tmp_path, "seeds")
     for number, value in enumerate(mixflow):
@@ -200,6 +203,8 @@ def test_answers_follow_from_the_numbers(tmp_path: Path, mixflow: tuple[float, .
     gap = page.tables[0].comparisons[0].gaps[0]
     assert answer.sentences[0] == gap.sentence
     assert "continued" in answer.sentences[0]
+    wanted = [f"Corrected for all comparisons of its table (Holm) it {words}." for words in corrected]
+    assert [sentence for sentence in answer.sentences if "Holm" in sentence] == wanted
     assert "base" in other.sentences[0]
     assert answer.link == "gap-seeds-digits-mixflow-g0.8-digits-continued"
     assert gap.bar is not None
