@@ -686,7 +686,7 @@ def _evaluate_files(options: argparse.Namespace) -> None:
         expected_gpus=options.gpus,
     )
     if table is not None:
-        print(table)
+        _say(table)
 
 
 def _evaluate_reference(options: argparse.Namespace) -> None:
@@ -760,7 +760,7 @@ def _table_preview(options: argparse.Namespace) -> None:
 
     config = _config(options)
     table = config.slice("render", options.table)
-    print(preview(table, [config.slice("row", options.table, row) for row in table["rows"]]))
+    _say(preview(table, [config.slice("row", options.table, row) for row in table["rows"]]))
 
 
 def _theory(options: argparse.Namespace) -> None:
@@ -826,13 +826,13 @@ def _inspect(options: argparse.Namespace) -> None:
 
     for file in options.file:
         facts = describe(file)
-        print(json.dumps(facts, indent=2) if options.json else render(facts))
+        _say(json.dumps(facts, indent=2) if options.json else render(facts))
 
 
 def _doctor(options: argparse.Namespace) -> None:
     from mixflow.stages.doctor import examine, render
 
     findings = examine()
-    print(json.dumps(findings, indent=2) if options.json else render(findings))
+    _say(json.dumps(findings, indent=2) if options.json else render(findings))
     if findings["problems"]:
         sys.exit(1)

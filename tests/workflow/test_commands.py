@@ -1,6 +1,9 @@
 """`doctor`, `inspect` and `--help`, as a user calls them."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -80,6 +83,18 @@ def test_help_of_every_verb(mixflow):
     assert wanted | {"tables", "inspect", "doctor"} <= set(verbs)
     for verb in wanted:
         assert mixflow(verb, "--help").returncode == 0
+
+
+@pytest.mark.parametrize("arguments", [("tables", "preview", "digits"), ("plan", "digits")])
+def test_a_reader_that_has_seen_enough_ends_the_command(tmp_path, arguments):
+    """As `| head -1`: no traceback, no word of a bug."""
+    readable, writable = os.pipe()
+    os.close(readable)
+    command = [sys.executable, "-m", "mixflow", *arguments, "--config", str(ROOT / "config.yaml")]
+    result = subprocess.run(command, cwd=tmp_path, stdout=writable, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writable)
+    assert result.returncode == 0
+    assert result.stderr == ""
 
 
 def test_settings_that_are_not_json_are_told(mixflow):
