@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 # Before torch is imported, here and by all that is started from here: the number of threads decides the order of sums,
@@ -12,6 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 from tests import forked
 
@@ -19,12 +20,30 @@ ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)
+class KeepTogether(LoadScopeScheduling):
+    """A file goes to one process, and all files that share the session's `house` to the same one.
+
+    Not by marks of xdist_group: xdist 3.8 writes groups into a private name of a test that pytest 9.2 no longer has,
+    so that every test went alone, and fixtures that are whole pipelines were made by each process.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return "house" if _shares_the_house(file) else file
+
+
+@cache
+def _shares_the_house(file: str) -> bool:
+    return "(house: House" in (ROOT / file).read_text()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return KeepTogether(config, log)
+
+
 def pytest_collection_modifyitems(items):
-    """Keep together, on several processes, what shares a fixture; the long files first, so that none is left over."""
-    for item in items:
-        group = "house" if "house" in item.fixturenames else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+    """The long files first, so that none is left over for one process."""
     items.sort(key=lambda item: item.path.parent.name != "workflow")
 
 
