@@ -290,8 +290,10 @@ def draw_losses(loss_files: Mapping[str, Path], out: Path) -> None:
     `loss_files` maps an arm's label to its losses.json, {"step": [...], "loss": [...]}. Arms that share one differ in
     their sampler alone: the curve is the first one's. A panel of very unlike losses is logarithmic.
     """
-    first = {path: label for label, path in reversed(list(loss_files.items()))}
-    curves = {label: read_json(path) for label, path in loss_files.items() if first[path] == label}
+    labels_of: dict[Path, list[str]] = {}
+    for label, path in loss_files.items():
+        labels_of.setdefault(path, []).append(label)
+    curves = {labels[0]: read_json(path) for path, labels in labels_of.items()}
     groups: dict[int, list[str]] = {}
     for label, curve in curves.items():
         groups.setdefault(curve["step"][-1], []).append(label)
